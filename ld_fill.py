@@ -1,0 +1,388 @@
+"""The filler: the one process that reads a source, decodes each row once and appends it to an image cache.
+
+`ld_data.open_images` starts it as `python ld_fill.py REQUEST`; it imports no torch. A cache folder holds
+
+    images.u8    uint8 [rows, 3, size, size], one row after the other
+    state.json   how many of those rows count, and where in the source the next one comes from
+    lock         flock'ed by the filler at work; the kernel frees it when that process dies
+    filler.log   warnings and tracebacks
+
+Pixels reach the disk first and the state file is then replaced in one step, so whatever lies past `rows` is not yet
+there: a filler may be killed at any moment, and the next one repeats nothing and leaves nothing out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from ld_decode import Dropped, decode
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+MAX_FILE = 256 << 20  # bytes; a longer member of a zip is not unpacked
+COMMIT_SECONDS = 0.25  # rows become visible to readers at least this often while they arrive
+THREADS = 4  # Pillow decodes outside the GIL; more than the cores, since reading from a mounted drive is mostly waiting
+AHEAD = 64  # rows handed to the threads before the first of them is needed
+PARQUET_BATCH = (
+    32  # rows; by default `datasets` turns a whole row group (often 300 MB) into Python objects at once
+)
+DEFINITE = (
+    "RepositoryNotFound",
+    "RevisionNotFound",
+    "GatedRepo",
+    "HFValidation",
+    "DatasetNotFound",
+    "EmptyDataset",
+)
+
+
+class FillError(Exception):
+    """What is wrong and what to do, in one sentence for the user."""
+
+
+# ---- the state on disk, shared with the reader ----
+
+
+def row_bytes(identity):
+    """Bytes of one picture in images.u8."""
+    return 3 * identity["image_size"] ** 2
+
+
+def read_state(folder, identity):
+    """The last committed state of a cache folder, or None where there is none that its pixels bear out."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        stored = (folder / "images.u8").stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    return state if stored >= state["rows"] * row_bytes(identity) else None
+
+
+def replace_file(path, text):
+    """Write `path` so that a reader, or a crash, meets either the old text or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---- sources: each has `shards`, `total` (rows, or None) and `rows(shard, offset)` yielding (name, payload) ----
+
+
+def list_pictures(path, split):
+    """[(name, bytes, mtime)] of the pictures below a folder or in a zip, sorted by name.
+
+    Where some lie in a folder called like the split (`train/cat/1.png`), only those count.
+    """
+    if path.is_dir():
+        found = []
+        for folder, _, names in os.walk(path, followlinks=True):
+            stats = ((Path(folder, name), os.stat(Path(folder, name))) for name in names if _is_picture(name))
+            found += [
+                (file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in stats
+            ]
+    else:
+        with zipfile.ZipFile(path) as archive:
+            found = [(m.filename, m.file_size, m.CRC) for m in archive.infolist() if _is_picture(m.filename)]
+    within = [row for row in found if split in PurePosixPath(row[0]).parts[:-1]]
+    return sorted(within or found)
+
+
+def _is_picture(name):
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def fingerprint(listing):
+    """Changes whenever a file is added, removed, renamed, resized or touched."""
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+class Pictures:
+    """A folder or a zip of picture files, in seeded order so that a part of it is a fair sample."""
+
+    def __init__(self, identity):
+        path = Path(identity["source"])
+        listing = list_pictures(path, identity["split"])
+        if fingerprint(listing) != identity["fingerprint"]:
+            raise FillError(f"{path} changed while it was being opened; open it again.")
+        self.names = [name for name, *_ in listing]
+        random.Random(identity["seed"]).shuffle(self.names)
+        self.shards, self.total = [path.name], len(self.names)
+        if path.is_dir():
+            self.read = lambda name: (path / name).read_bytes()
+        else:
+            self.archive = zipfile.ZipFile(path)
+            self.read = self._unpack
+
+    def _unpack(self, name):
+        if self.archive.getinfo(name).file_size > MAX_FILE:
+            raise Dropped("too many bytes")
+        return self.archive.read(name)
+
+    def rows(self, shard, offset):
+        for name in self.names[offset:]:
+            yield name, partial(self.read, name)
+
+
+class Shards:
+    """What `datasets` can stream: a Hub id at one pinned revision, or local parquet files; shards in seeded order."""
+
+    def __init__(self, identity, revision):
+        import datasets
+
+        source, self.split = identity["source"], identity["split"]
+        if identity["kind"] == "hub":
+            builder = datasets.load_dataset_builder(source, name=identity["config"], revision=revision)
+        elif Path(source).is_dir():
+            builder = datasets.load_dataset_builder(source)
+        else:
+            builder = datasets.load_dataset_builder("parquet", data_files={self.split: [source]})
+        files = builder.config.data_files
+        if self.split not in files:
+            raise FillError(f"{source} has no split {self.split!r}; it has {', '.join(map(repr, files))}.")
+        self.format = builder.name
+        self.shards = sorted(files[self.split])
+        random.Random(identity["seed"]).shuffle(self.shards)
+        published = (builder.info.splits or {}).get(self.split)
+        self.total = published.num_examples if published else None
+
+    def rows(self, shard, offset):
+        import datasets
+
+        options = {"batch_size": PARQUET_BATCH} if self.format == "parquet" else {}
+        stream = datasets.load_dataset(
+            self.format, data_files={self.split: [shard]}, split=self.split, streaming=True, **options
+        )
+        column = image_column(stream.features or {})
+        if isinstance(stream.features[column], datasets.Image):
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+        for index, row in enumerate(stream.skip(offset), offset):
+            yield f"{PurePosixPath(shard).name} row {index}", cell_bytes(row[column])
+
+
+def image_column(features):
+    """Name of the column that holds pictures: of type Image, or a struct with `bytes`, or binary, in that order."""
+    import datasets
+
+    tests = (
+        lambda feature: isinstance(feature, datasets.Image),
+        lambda feature: isinstance(feature, dict) and "bytes" in feature,
+        lambda feature: isinstance(feature, datasets.Value) and "binary" in feature.dtype,
+    )
+    for test in tests:
+        for name, feature in features.items():
+            if test(feature):
+                return name
+    raise FillError(
+        f"The source has no image column, only {', '.join(features) or 'nothing'}; choose another."
+    )
+
+
+def cell_bytes(cell):
+    """A cell of the image column, decoding off -> its bytes, read from its address if need be, or None."""
+    if not isinstance(cell, dict):
+        return cell
+    if cell["bytes"] is None and "://" in (cell.get("path") or ""):
+        import fsspec
+
+        with fsspec.open(cell["path"], "rb") as file:
+            return file.read()
+    return cell["bytes"]
+
+
+# ---- the filler ----
+
+
+def decode_row(payload, size):
+    """Bytes, None or a callable that reads them -> uint8 [3, size, size], or the reason why not."""
+    try:
+        return decode(payload() if callable(payload) else payload, size)
+    except Dropped as reason:
+        return str(reason)
+    except (OSError, RuntimeError, zipfile.BadZipFile, zipfile.zlib.error):
+        return "unreadable"
+
+
+def decode_ahead(rows, size, pool):
+    """(name, payload) -> (name, picture or reason) in the same order; all that came before a fault comes out first."""
+    pending, fault = deque(), None
+    try:
+        for name, payload in rows:
+            pending.append((name, pool.submit(decode_row, payload, size)))
+            if len(pending) >= AHEAD:
+                name, future = pending.popleft()
+                yield name, future.result()
+    except Exception as error:
+        fault = error
+    for name, future in pending:
+        yield name, future.result()
+    if fault:
+        raise fault
+
+
+class Filler:
+    """Fills one cache folder from where its state says; holds the lock for as long as it lives."""
+
+    def __init__(self, folder, identity, knobs):
+        self.folder, self.identity, self.knobs = folder, identity, knobs
+        self.state = read_state(folder, identity) or {
+            **identity,
+            "rows": 0,  # pictures in images.u8
+            "seen": 0,  # rows taken from the source, dropped ones too
+            "shard": 0,  # position in the seeded order
+            "offset": 0,  # rows of that shard already seen
+            "dropped": {},
+            "examples": [],
+            "total": None,
+            "complete": False,
+        }
+        self.state["note"] = ""
+        self.ready = []  # decoded, not yet on disk
+        self.last_commit = self.last_row = time.monotonic()
+
+    def run(self):
+        if self.state["complete"]:
+            return
+        self.file = open(self.folder / "images.u8", "ab+", buffering=0)
+        self.file.truncate(self.state["rows"] * row_bytes(self.identity))
+        source = self.persist(self.open_source, f"{self.identity['source']} cannot be opened")
+        self.state["total"] = source.total
+        with ThreadPoolExecutor(THREADS) as pool:
+            for index in range(self.state["shard"], len(source.shards)):
+                self.persist(partial(self.take, source, source.shards[index], pool), "")
+                if self.full():
+                    break
+                self.state.update(shard=index + 1, offset=0)
+        self.check_bad(1)
+        if not self.state["rows"]:
+            raise FillError(f"{self.identity['source']} holds no rows in split {self.identity['split']!r}.")
+        self.state["complete"] = True
+        self.commit()
+
+    def open_source(self):
+        if self.identity["kind"] in ("folder", "zip"):
+            return Pictures(self.identity)
+        return Shards(self.identity, self.state.get("revision"))
+
+    def full(self):
+        limit = self.identity["max_images"]
+        return limit is not None and self.state["rows"] + len(self.ready) >= limit
+
+    def take(self, source, shard, pool):
+        """Every row of one shard from the offset on."""
+        rows = source.rows(shard, self.state["offset"])
+        for name, result in decode_ahead(rows, self.identity["image_size"], pool):
+            self.last_row = time.monotonic()
+            self.state["seen"] += 1
+            self.state["offset"] += 1
+            if isinstance(result, str):
+                self.drop(name, result)
+            else:
+                self.ready.append(result)
+            if self.last_row - self.last_commit > COMMIT_SECONDS:
+                self.commit()
+            if self.full():
+                break
+        self.commit()
+
+    def drop(self, name, reason):
+        dropped = self.state["dropped"]
+        dropped[reason] = dropped.get(reason, 0) + 1
+        if len(self.state["examples"]) < 3:
+            self.state["examples"].append(f"{name}: {reason}")
+        self.check_bad(500)
+
+    def check_bad(self, least):
+        """Stop where too large a share of the rows, counted as `least` rows or more, was dropped."""
+        bad, seen = sum(self.state["dropped"].values()), self.state["seen"]
+        if bad > self.knobs["max_bad"] * max(seen, least):
+            self.commit()
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.state["dropped"].items())
+            raise FillError(
+                f"{bad} of the first {seen} rows of {self.identity['source']} are no usable pictures ({counts}; "
+                f"for example {'; '.join(self.state['examples'])}); mend the source, or pass max_bad={bad / seen:.2g} "
+                "or more to leave them out."
+            )
+
+    def commit(self):
+        """Put the decoded rows on the disk, then the state that counts them."""
+        pixels = memoryview(b"".join(row.tobytes() for row in self.ready))
+        try:
+            while pixels:
+                pixels = pixels[self.file.write(pixels) :]
+            os.fsync(self.file.fileno())
+            self.state["rows"] += len(self.ready)
+            self.ready = []
+            replace_file(self.folder / "state.json", json.dumps(self.state))
+        except OSError as fault:
+            if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise FillError(
+                    f"{self.folder} cannot be written ({fault.strerror}); pass another cache_dir."
+                ) from fault
+            raise FillError(
+                f"The disk is full: {self.folder} holds {self.state['rows']} rows of {row_bytes(self.identity)} bytes and "
+                "takes no more; free some space, or pass a cache_dir on a larger disk or max_images."
+            ) from fault
+        self.last_commit = time.monotonic()
+
+    def persist(self, action, what):
+        return action()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the exclusive lock on `path`, after waiting for its present holder to finish or die."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def watch(parent, filler):
+    """End this process as soon as its parent is gone; the state on disk is whole at any moment."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main(request):
+    """Fill the cache that `request` (JSON) describes; the last line on stdout is the sentence of a failure, if any."""
+    request = json.loads(request)
+    os.nice(10)  # the training loop comes first
+    os.environ.update(
+        USE_TORCH="0", USE_TF="0", USE_JAX="0", HF_UPDATE_DOWNLOAD_COUNTS="0"
+    )  # read by `datasets`
+    threading.Thread(target=watch, args=(request["parent"], None), daemon=True).start()
+    folder, failure = Path(request["folder"]), ""
+    try:
+        with locked(folder / "lock"):
+            Filler(folder, request["identity"], request["knobs"]).run()
+    except FillError as fault:
+        failure = str(fault)
+    except BaseException as fault:
+        traceback.print_exc()
+        failure = f"The filler failed ({type(fault).__name__}: {fault}); its log is {folder / 'filler.log'}."
+    print(failure, flush=True)
+    os._exit(bool(failure))  # pyarrow's threads abort a regular exit
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
