@@ -32,9 +32,7 @@ import ld_fill
 from ld_decode import to_8bit
 from ld_utils import from_uint8
 
-FORMAT = (
-    1  # of a cache on disk; a change of decoding or layout raises it, and old caches are then filled anew
-)
+FORMAT = 1  # of a cache on disk; a change of decoding or layout raises it, and old caches are then filled anew
 SAMPLES = Path(__file__).resolve().parent / "sample_data"
 
 
@@ -80,9 +78,7 @@ def open_images(
 
     Returns an `ImageCache`. Raises `DataError` where the source can be seen to be wrong at once.
     """
-    root = (
-        Path(cache_dir or os.environ.get("LD_CACHE") or "~/.cache/liquid_diffusion").expanduser().absolute()
-    )
+    root = Path(cache_dir or os.environ.get("LD_CACHE") or "~/.cache/liquid_diffusion").expanduser().absolute()
     identity = {
         "format": FORMAT,
         **identify(source, split, root),
@@ -107,12 +103,8 @@ def identify(source, split, root):
     if not path.exists():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
             return {"kind": "hub", "source": str(source)}
-        raise DataError(
-            f"{source} is neither a folder, zip or parquet file here nor a Hub id like owner/name."
-        )
-    parquet = (
-        [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
-    )
+        raise DataError(f"{source} is neither a folder, zip or parquet file here nor a Hub id like owner/name.")
+    parquet = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
     if parquet:
         listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in parquet]
         return {"kind": "parquet", "source": str(path), "fingerprint": ld_fill.fingerprint(listing)}
@@ -120,9 +112,7 @@ def identify(source, split, root):
         raise DataError(f"{path} is neither a folder nor a zip nor a parquet file; pass one of these.")
     listing = ld_fill.list_pictures(path, split)
     if not listing:
-        raise DataError(
-            f"{path} holds no pictures ({' '.join(sorted(ld_fill.SUFFIXES))}); pass a folder that does."
-        )
+        raise DataError(f"{path} holds no pictures ({' '.join(sorted(ld_fill.SUFFIXES))}); pass a folder that does.")
     kind = "folder" if path.is_dir() else "zip"
     return {"kind": kind, "source": str(path), "fingerprint": ld_fill.fingerprint(listing)}
 
@@ -299,9 +289,7 @@ class ImageCache:
         if not len(images):
             raise DataError("The cache has no rows yet; call cache.wait(1) or more before cache.batch().")
         index = torch.randint(len(images), (batch_size,), generator=generator or self._generator)  # [B]
-        batch = torch.empty(
-            (batch_size, *images.shape[1:]), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-        )
+        batch = torch.empty((batch_size, *images.shape[1:]), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         np.take(images, index.numpy(), axis=0, out=batch.numpy(), mode="clip")  # [B, 3, H, W]
         return batch
 

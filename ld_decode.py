@@ -54,9 +54,7 @@ def decode(data, size):
 
 def _square(image, size):
     """Opened picture -> RGB picture of size x size, upright."""
-    image.draft(
-        image.mode, (2 * size, 2 * size)
-    )  # JPEG alone: decode at 1/2, 1/4 or 1/8, at least twice the target
+    image.draft(image.mode, (2 * size, 2 * size))  # JPEG alone: decode at 1/2, 1/4 or 1/8, at least twice the target
     turn = UPRIGHT.get(_orientation(image))
     rgb = _rgb(image)
     width, height = rgb.size

@@ -16,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import http
 import json
+import math
 import os
 import random
 import sys
@@ -36,17 +38,17 @@ MAX_FILE = 256 << 20  # bytes; a longer member of a zip is not unpacked
 COMMIT_SECONDS = 0.25  # rows become visible to readers at least this often while they arrive
 THREADS = 4  # Pillow decodes outside the GIL; more than the cores, since reading from a mounted drive is mostly waiting
 AHEAD = 64  # rows handed to the threads before the first of them is needed
-PARQUET_BATCH = (
-    32  # rows; by default `datasets` turns a whole row group (often 300 MB) into Python objects at once
-)
-DEFINITE = (
-    "RepositoryNotFound",
-    "RevisionNotFound",
-    "GatedRepo",
-    "HFValidation",
-    "DatasetNotFound",
-    "EmptyDataset",
-)
+PARQUET_BATCH = 32  # rows; by default `datasets` turns a whole row group (often 300 MB) into Python objects at once
+LONGEST_PAUSE = 60  # seconds between two tries
+BRIEFLY = 10  # seconds to go on where more patience rarely helps: no network at the start, an unknown id
+DEFINITE = {
+    "RepositoryNotFoundError",
+    "RevisionNotFoundError",
+    "HFValidationError",
+    "DatasetNotFoundError",
+    "DataFilesNotFoundError",
+    "EmptyDatasetError",
+}
 
 
 class FillError(Exception):
@@ -71,6 +73,22 @@ def read_state(folder, identity):
     return state if stored >= state["rows"] * row_bytes(identity) else None
 
 
+def new_state(identity):
+    return {
+        **identity,
+        "revision": None,
+        "total": None,  # rows of the source, where it says so
+        "rows": 0,  # pictures in images.u8
+        "seen": 0,  # rows taken from the source, dropped ones too
+        "shard": 0,  # position in the seeded order
+        "offset": 0,  # rows of that shard already seen
+        "dropped": {},  # reason -> rows
+        "examples": [],
+        "note": "",  # what is being waited for
+        "complete": False,
+    }
+
+
 def replace_file(path, text):
     """Write `path` so that a reader, or a crash, meets either the old text or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
@@ -93,9 +111,7 @@ def list_pictures(path, split):
         found = []
         for folder, _, names in os.walk(path, followlinks=True):
             stats = ((Path(folder, name), os.stat(Path(folder, name))) for name in names if _is_picture(name))
-            found += [
-                (file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in stats
-            ]
+            found += [(file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     else:
         with zipfile.ZipFile(path) as archive:
             found = [(m.filename, m.file_size, m.CRC) for m in archive.infolist() if _is_picture(m.filename)]
@@ -190,9 +206,7 @@ def image_column(features):
         for name, feature in features.items():
             if test(feature):
                 return name
-    raise FillError(
-        f"The source has no image column, only {', '.join(features) or 'nothing'}; choose another."
-    )
+    raise FillError(f"The source has no image column, only {', '.join(features) or 'nothing'}; choose another.")
 
 
 def cell_bytes(cell):
@@ -237,70 +251,164 @@ def decode_ahead(rows, size, pool):
         raise fault
 
 
-class Filler:
-    """Fills one cache folder from where its state says; holds the lock for as long as it lives."""
+def brief(fault):
+    """An HTTP status, or kind and first line of an exception, to be quoted within a sentence."""
+    response = getattr(fault, "response", None)
+    if response is not None:
+        return f"{response.status_code} {http.HTTPStatus(response.status_code).phrase}"
+    return f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0][:200]}".rstrip(" .:")
 
-    def __init__(self, folder, identity, knobs):
-        self.folder, self.identity, self.knobs = folder, identity, knobs
-        self.state = read_state(folder, identity) or {
-            **identity,
-            "rows": 0,  # pictures in images.u8
-            "seen": 0,  # rows taken from the source, dropped ones too
-            "shard": 0,  # position in the seeded order
-            "offset": 0,  # rows of that shard already seen
-            "dropped": {},
-            "examples": [],
-            "total": None,
-            "complete": False,
-        }
-        self.state["note"] = ""
+
+def is_definite(fault):
+    """True for answers that rarely change by asking again: no such data set, revision or files, or not public."""
+    return any(kind.__name__ in DEFINITE for kind in type(fault).__mro__)
+
+
+def shorten_retries(pause):
+    """Make `datasets` give up soon: its own retries last up to 28 min, start no new request and count no progress."""
+    from datasets import config
+
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 3
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = pause
+    config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = pause
+
+
+def forget_listings():
+    """A failed request may have left a wrong "not found" or an incomplete listing in memory."""
+    from huggingface_hub import HfFileSystem
+
+    HfFileSystem.clear_instance_cache()
+
+
+class Filler:
+    """Fills one cache folder from where its state says, one shard after the other."""
+
+    def __init__(self, request):
+        self.folder, self.identity, self.knobs = (
+            Path(request["folder"]),
+            request["identity"],
+            request["knobs"],
+        )
+        self.name = self.identity["source"]
         self.ready = []  # decoded, not yet on disk
-        self.last_commit = self.last_row = time.monotonic()
+        self.last_row = None  # time of the newest row; None while another filler is at work
 
     def run(self):
-        if self.state["complete"]:
-            return
-        self.file = open(self.folder / "images.u8", "ab+", buffering=0)
-        self.file.truncate(self.state["rows"] * row_bytes(self.identity))
-        source = self.persist(self.open_source, f"{self.identity['source']} cannot be opened")
+        """Wait for the lock, then fill until the source ends; raises `FillError`."""
+        with locked(self.folder / "lock"):
+            self.state = read_state(self.folder, self.identity) or new_state(self.identity)
+            self.last_row = self.last_commit = time.monotonic()
+            if not self.state["complete"]:
+                with open(self.folder / "images.u8", "ab", buffering=0) as self.file:
+                    self.file.truncate(self.state["rows"] * row_bytes(self.identity))
+                    self.fill()
+
+    def fill(self):
+        if self.identity["kind"] == "hub":
+            self.persist(self.connect, self.cannot_connect)
+        source = self.persist(self.open_source, lambda fault: f"{self.name} cannot be opened ({brief(fault)}).")
         self.state["total"] = source.total
         with ThreadPoolExecutor(THREADS) as pool:
             for index in range(self.state["shard"], len(source.shards)):
-                self.persist(partial(self.take, source, source.shards[index], pool), "")
+                self.persist(partial(self.take, source, index, pool), partial(self.lost, source, index))
                 if self.full():
                     break
                 self.state.update(shard=index + 1, offset=0)
-        self.check_bad(1)
+        self.check_bad(least=1)
         if not self.state["rows"]:
-            raise FillError(f"{self.identity['source']} holds no rows in split {self.identity['split']!r}.")
+            raise FillError(f"{self.name} has no rows in split {self.identity['split']!r}; pass another source.")
         self.state["complete"] = True
         self.commit()
+
+    def connect(self):
+        """Pin the revision, so that an upload in the middle of a run changes nothing."""
+        from huggingface_hub import HfApi
+
+        asked = self.state["revision"] or self.identity["asked_revision"]
+        self.state["revision"] = HfApi().dataset_info(self.name, revision=asked, timeout=self.knobs["timeout"]).sha
 
     def open_source(self):
         if self.identity["kind"] in ("folder", "zip"):
             return Pictures(self.identity)
-        return Shards(self.identity, self.state.get("revision"))
+        return Shards(self.identity, self.state["revision"])
+
+    def take(self, source, index, pool):
+        """Every row of one shard, from the offset on."""
+        rows = source.rows(source.shards[index], self.state["offset"])
+        for name, result in decode_ahead(rows, self.identity["image_size"], pool):
+            self.last_row = time.monotonic()
+            self.state.update(seen=self.state["seen"] + 1, offset=self.state["offset"] + 1, note="")
+            if isinstance(result, str):
+                self.drop(name, result)
+            else:
+                self.ready.append(result)
+            if self.full():
+                break
+            if self.last_row - self.last_commit > COMMIT_SECONDS:
+                self.commit()
+        self.commit()
 
     def full(self):
         limit = self.identity["max_images"]
         return limit is not None and self.state["rows"] + len(self.ready) >= limit
 
-    def take(self, source, shard, pool):
-        """Every row of one shard from the offset on."""
-        rows = source.rows(shard, self.state["offset"])
-        for name, result in decode_ahead(rows, self.identity["image_size"], pool):
-            self.last_row = time.monotonic()
-            self.state["seen"] += 1
-            self.state["offset"] += 1
-            if isinstance(result, str):
-                self.drop(name, result)
-            else:
-                self.ready.append(result)
-            if self.last_row - self.last_commit > COMMIT_SECONDS:
+    def persist(self, action, explain):
+        """Run `action` until it succeeds, with growing pauses while `patience` lasts; every new row renews it.
+
+        What `datasets` or the network raise ends as a `FillError` with the sentence that `explain` makes of it.
+        """
+        pause, seen, since = self.knobs["retry_wait"], self.state["seen"], time.monotonic()
+        while True:
+            try:
+                return action()
+            except FillError:
+                raise
+            except Exception as fault:
+                traceback.print_exc()
+                if self.state["seen"] > seen:
+                    pause, seen, since = self.knobs["retry_wait"], self.state["seen"], time.monotonic()
+                given_up = time.monotonic() + pause - since > self.patience(fault)
+                self.state["note"] = "" if given_up else f"{brief(fault)}; trying again"
                 self.commit()
-            if self.full():
-                break
-        self.commit()
+                if given_up:
+                    raise FillError(explain(fault)) from fault
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                forget_listings()
+
+    def patience(self, fault):
+        """Seconds to go on in the face of a fault: none for local files, few where waiting rarely helps."""
+        if self.identity["kind"] != "hub":
+            return 0
+        unanswered = not self.state["revision"] and getattr(fault, "response", None) is None
+        return min(self.knobs["patience"], BRIEFLY if unanswered or is_definite(fault) else float("inf"))
+
+    def cannot_connect(self, fault):
+        if getattr(fault, "response", None) is None:
+            problem, remedy = "The Hub cannot be reached", "check the network"
+        elif is_definite(fault):
+            problem, remedy = (
+                f"The Hub has no public data set {self.name!r} (or not that revision)",
+                "check the name",
+            )
+        else:
+            problem, remedy = "The Hub does not answer as it should", "try again later"
+        return f'{problem} ({brief(fault)}); {remedy}, or pass source="samples" for the pictures that come with this project.'
+
+    def lost(self, source, index, fault=None):
+        """The sentence for a shard that stays unreadable."""
+        state, shards = self.state, len(source.shards)
+        missing = f"{shards - index} of {shards} shards are missing"
+        if source.total:
+            missing = f"{source.total - state['seen']} of {source.total} rows are missing"
+        elif index:
+            mean = (state["seen"] - state["offset"]) / index
+            missing += f", about {mean * (shards - index) - state['offset']:.0f} rows by the mean of the others"
+        return (
+            f"Shard {PurePosixPath(source.shards[index]).name} of {self.name} stays unreadable at row {state['offset']} "
+            f"({brief(fault)}): {missing}, {state['rows']} are kept; open the same source again to go on from there, or "
+            "pass strict=False to make do with these."
+        )
 
     def drop(self, name, reason):
         dropped = self.state["dropped"]
@@ -342,9 +450,6 @@ class Filler:
             ) from fault
         self.last_commit = time.monotonic()
 
-    def persist(self, action, what):
-        return action()
-
 
 @contextlib.contextmanager
 def locked(path):
@@ -356,32 +461,42 @@ def locked(path):
         yield
 
 
-def watch(parent, filler):
-    """End this process as soon as its parent is gone; the state on disk is whole at any moment."""
+def watch(filler, parent):
+    """End this process when its parent is gone, or when nothing moves and no timeout fires; the state stays whole."""
+    limit = 2 * (filler.knobs["patience"] + filler.knobs["timeout"])
     while os.getppid() == parent:
-        time.sleep(0.5)
+        if filler.last_row and time.monotonic() - filler.last_row > limit:
+            finish(f"{filler.name} has sent no row for {limit:.0f} s; open it again to go on from there.")
+        time.sleep(0.2)
     os._exit(1)
 
 
-def main(request):
-    """Fill the cache that `request` (JSON) describes; the last line on stdout is the sentence of a failure, if any."""
-    request = json.loads(request)
-    os.nice(10)  # the training loop comes first
-    os.environ.update(
-        USE_TORCH="0", USE_TF="0", USE_JAX="0", HF_UPDATE_DOWNLOAD_COUNTS="0"
-    )  # read by `datasets`
-    threading.Thread(target=watch, args=(request["parent"], None), daemon=True).start()
-    folder, failure = Path(request["folder"]), ""
-    try:
-        with locked(folder / "lock"):
-            Filler(folder, request["identity"], request["knobs"]).run()
-    except FillError as fault:
-        failure = str(fault)
-    except BaseException as fault:
-        traceback.print_exc()
-        failure = f"The filler failed ({type(fault).__name__}: {fault}); its log is {folder / 'filler.log'}."
+def finish(failure=""):
+    """Leave at once, the sentence of a failure on stdout; on a regular exit pyarrow's threads would abort."""
     print(failure, flush=True)
-    os._exit(bool(failure))  # pyarrow's threads abort a regular exit
+    os._exit(bool(failure))
+
+
+def main(request):
+    """Fill the cache that `request` (JSON) describes."""
+    request = json.loads(request)
+    knobs = request["knobs"]
+    os.nice(10)  # the training loop comes first
+    timeout = str(math.ceil(knobs["timeout"]))
+    os.environ.update(HF_HUB_DOWNLOAD_TIMEOUT=timeout, HF_HUB_ETAG_TIMEOUT=timeout)
+    os.environ.update(USE_TORCH="0", USE_TF="0", USE_JAX="0", HF_UPDATE_DOWNLOAD_COUNTS="0")  # read by `datasets`
+    filler = Filler(request)
+    threading.Thread(target=watch, args=(filler, request["parent"]), daemon=True).start()
+    try:
+        if request["identity"]["kind"] in ("hub", "parquet"):
+            shorten_retries(knobs["retry_wait"])
+        filler.run()
+    except FillError as fault:
+        finish(str(fault))
+    except BaseException as fault:  # whatever it is, the reader must hear of it
+        traceback.print_exc()
+        finish(f"The filler failed ({brief(fault)}); its log is {filler.folder / 'filler.log'}.")
+    finish()
 
 
 if __name__ == "__main__":

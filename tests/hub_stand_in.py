@@ -1,0 +1,187 @@
+"""A loopback stand-in for the Hub, so that the real `datasets` streams against faults that one can order.
+
+    with HubStandIn() as hub:                      # hub.endpoint is what HF_ENDPOINT must say
+        hub.add("owner/name", {"data/train-00000-of-00001.parquet": data})
+        hub.fault("owner/name", "train-00000", 503, times=3)
+
+It answers what `huggingface_hub` asks of a data set: `api/datasets/ID[/revision/REV]`, `.../tree/SHA[/FOLDER]`,
+`.../paths-info/SHA`, and HEAD and GET (with Range) of `datasets/ID/resolve/REV/FILE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote
+
+API = re.compile(
+    r"/api/datasets/(?P<id>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?$"
+)
+FILE = re.compile(r"/datasets/(?P<id>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)$")
+
+
+class HubStandIn:
+    """Serves the data sets given to `add` on 127.0.0.1, from a thread, until the `with` block ends."""
+
+    def __init__(self):
+        self.repos, self.faults, self.requests = {}, [], []
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add(self, repo, files):
+        """Files of a data set, path -> bytes; adding again makes a new revision, older ones stay reachable."""
+        sha = hashlib.sha1(b"".join(path.encode() + data for path, data in sorted(files.items()))).hexdigest()
+        self.repos.setdefault(repo, {})[sha] = files
+        self.repos[repo]["main"] = files
+        self.repos[repo, "head"] = sha
+        return sha
+
+    def fault(self, repo, where, kind, times=1_000_000, after=0):
+        """Spoil `times` requests for `repo` whose address contains `where`, after letting `after` of them pass.
+
+        `kind` is a status code, or: "reset", "stall" (both in mid-body), "close" (early, the length promised more),
+        "short" (a well-formed answer with half the bytes), "no range" (the whole file whatever was asked).
+        """
+        self.faults.append({"repo": repo, "where": where, "kind": kind, "times": times, "after": after})
+
+    def heal(self):
+        """Take all faults back."""
+        self.faults.clear()
+
+    def due(self, path, body):
+        """The fault that spoils a request, if any; faults of a body wait for a request that has one."""
+        with self.lock:
+            for fault in self.faults:
+                if f"/{fault['repo']}/" not in path + "/" or fault["where"] not in path or not fault["times"]:
+                    continue
+                if isinstance(fault["kind"], str) and not body:
+                    continue
+                if fault["after"]:
+                    fault["after"] -= 1
+                    continue
+                fault["times"] -= 1
+                return fault["kind"]
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubStandIn
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.route()
+
+    do_HEAD = do_POST = do_GET
+
+    def route(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        self.form = parse_qs(self.rfile.read(length).decode()) if length else {}
+        path = unquote(self.path.partition("?")[0])
+        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        file, api = FILE.match(path), API.match(path)
+        fault = self.hub.due(path, body=bool(file) and self.command == "GET")
+        if isinstance(fault, int):
+            return self.reply(fault, b"ordered fault")
+        found = file or api
+        versions = self.hub.repos.get(found["id"]) if found else None
+        if versions is None:
+            return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+        rev = found["rev"] or "main"
+        if rev not in versions:
+            return self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        sha = self.hub.repos[found["id"], "head"] if rev == "main" else rev
+        if file:
+            return self.file(versions[rev], sha, file["path"], fault)
+        return self.api(found, versions[rev], sha)
+
+    def api(self, found, files, sha):
+        entries = [_entry(path, data) for path, data in files.items()]
+        if found["what"] == "paths-info":
+            return self.json([entry for entry in entries if entry["path"] in self.form.get("paths", [])])
+        if found["what"] == "tree":
+            folder = f"{found['path']}/" if found["path"] else ""
+            inside = [entry for entry in entries if entry["path"].startswith(folder)]
+            if not inside:
+                return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+            if "recursive=True" not in self.path and "recursive=true" not in self.path:
+                inside = _one_level(inside, folder)
+            return self.json(inside)
+        siblings = [{"rfilename": path} for path in files]
+        return self.json({"id": found["id"], "sha": sha, "siblings": siblings, "tags": [], "private": False})
+
+    def file(self, files, sha, path, fault):
+        if path not in files:
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+        data = files[path]
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        status, body = 200, data
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked and fault != "no range":
+            start, stop = int(asked[1]), int(asked[2] or len(data) - 1) + 1
+            status, body = 206, data[start:stop]
+            headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(data)}"
+        if fault == "short":
+            body = body[: len(body) // 2]
+        if fault in ("reset", "stall", "close"):
+            return self.break_off(status, body, headers, fault)
+        return self.reply(status, body, headers)
+
+    def break_off(self, status, body, headers, fault):
+        """Promise the whole body, send half, then reset, close or fall silent."""
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        self.wfile.flush()
+        if fault == "stall":
+            self.hub.closing.wait(60)
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            time.sleep(0.05)
+        self.close_connection = True
+        self.connection.close()
+
+    def json(self, value):
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def reply(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _entry(path, data):
+    return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+
+def _one_level(entries, folder):
+    """What a listing that is not recursive shows: the files of a folder and the names of its folders."""
+    shown = {}
+    for entry in entries:
+        name, _, rest = entry["path"][len(folder) :].partition("/")
+        shown[name] = {"type": "directory", "path": folder + name, "oid": "0" * 40, "size": 0} if rest else entry
+    return list(shown.values())
