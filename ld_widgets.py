@@ -1,0 +1,41 @@
+"""ipywidgets for the notebooks: each mirrors a plain variable, and nothing waits for a click."""
+
+from __future__ import annotations
+
+import io
+
+import ipywidgets as widgets
+
+from ld_utils import grid_image
+
+
+def settings_panel(settings):
+    """Fields for the settings; a change writes to `settings` at once, and every cell run after it sees the new value."""
+    fields = {
+        "source": widgets.Text(description="source"),
+        "preset": widgets.Dropdown(description="preset", options=["nano", "tiny", "small", "base", "large"]),
+        "image_size": widgets.IntText(description="image size"),
+        "minutes": widgets.FloatText(description="minutes"),
+        "batch_size": widgets.IntText(description="batch size"),
+        "seed": widgets.IntText(description="seed"),
+    }
+    for name, field in fields.items():
+        field.value = getattr(settings, name)
+        field.observe(lambda change, name=name: setattr(settings, name, change["new"]), names="value")
+    return widgets.VBox(list(fields.values()))
+
+
+def film_slider(film, columns=4, scale=3):
+    """A slider over stored frames, film [T, N, C, H, W] in [-1, 1], first frame noise; frames are rendered once, ahead."""
+    frames = [_png(frame, columns, scale) for frame in film]
+    picture = widgets.Image(value=frames[-1], format="png")
+    slider = widgets.IntSlider(value=len(frames) - 1, max=len(frames) - 1, description="step")
+    slider.observe(lambda change: setattr(picture, "value", frames[change["new"]]), names="value")
+    return widgets.VBox([slider, picture])
+
+
+def _png(frame, columns, scale):
+    image = grid_image(frame, columns)
+    buffer = io.BytesIO()
+    image.resize((image.width * scale, image.height * scale), 0).save(buffer, "PNG")
+    return buffer.getvalue()
