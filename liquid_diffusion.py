@@ -498,11 +498,23 @@ def check_images(images, in_channels, value_range=True):
 class WeightUpdate:
     """Gradients to weights: scale, unscale, clip, AdamW, average; counts `steps` that were real and those `skipped`.
 
-    lr=None is the measured recipe, 16e-3 scaled by fan-in; a number is used as it is, unless by_fan_in=True.
+    lr=None is the measured recipe, 16e-3 scaled by fan-in; a number is used as it is, unless by_fan_in=True. total_steps:
+    length of the cosine decay of the rate, or None to follow the progress given to `step`.
     """
 
-    def __init__(self, model, precision, lr=None, by_fan_in=None, warmup_steps=100, clip_norm=1.0, ema_gamma=16.0):
-        self.model, self.warmup_steps, self.clip_norm = model, warmup_steps, clip_norm
+    def __init__(
+        self,
+        model,
+        precision,
+        lr=None,
+        by_fan_in=None,
+        warmup_steps=100,
+        total_steps=None,
+        clip_norm=1.0,
+        ema_gamma=16.0,
+    ):
+        self.model, self.clip_norm = model, clip_norm
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
         groups = parameter_groups(model, lr or 16e-3, lr is None if by_fan_in is None else by_fan_in)
         self.peak_lrs, self.lr_scale = [group["lr"] for group in groups], 1.0
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -517,6 +529,7 @@ class WeightUpdate:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.settle()
+        progress = self.steps / self.total_steps if self.total_steps else progress
         factor = self.lr_scale * lr_factor(self.steps, progress, self.warmup_steps)
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
             group["lr"] = peak * factor
@@ -613,20 +626,20 @@ def load_trainer_state(self, state):
 class RectifiedFlowTrainer(RectifiedFlow):
     """RectifiedFlow that learns: train_step(images), then sample() from the averaged weights.
 
-    lr: see WeightUpdate, which takes the other `options`. total_steps: length of the cosine decay; without it the caller may
-    set `progress` (0 to 1), or the rate stays. micro_batch: pictures on the device at once; larger batches accumulate.
+    lr, total_steps and the other `options`: see WeightUpdate. Without total_steps the caller may set `progress` (0 to 1), or
+    the rate stays. micro_batch: pictures on the device at once; larger batches accumulate their gradients.
     """
 
     state_dict, load_state_dict = trainer_state, load_trainer_state
 
     def __init__(
-        self, model, lr=None, device=None, precision=None, seed=0, total_steps=None, micro_batch=None,
+        self, model, lr=None, device=None, precision=None, seed=0, micro_batch=None,
         time_distribution="logit-normal", shift=1.0, **options,
     ):  # fmt: skip
         super().__init__(model, device, precision, seed)
         self.update = WeightUpdate(self.model.train(), self.precision, lr, **options)
         self.generator = torch.Generator(self.device).manual_seed(seed)  # times and noise of training
-        self.total_steps, self.micro_batch, self.progress = total_steps, micro_batch, 0.0
+        self.micro_batch, self.progress = micro_batch, 0.0
         self.times = partial(sample_times, distribution=time_distribution, shift=shift)
 
     def train_step(self, images):
@@ -645,8 +658,6 @@ class RectifiedFlowTrainer(RectifiedFlow):
                 loss = velocity_loss(self.model, *part) * (len(part[0]) / len(images))
             self.update.scaler.scale(loss).backward()
             total += loss.detach()
-        if self.total_steps:
-            self.progress = self.update.steps / self.total_steps
         norm = self.update.step(self.progress)
         return {"loss": total, "grad_norm": norm, "lr": self.update.optimizer.param_groups[0]["lr"]}
 

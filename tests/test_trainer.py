@@ -1,0 +1,259 @@
+"""Laws of the trainer: the update, the average, randomness kept apart, precision, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+import liquid_diffusion as ld
+from liquid_diffusion import LiquidDiffusion, PowerEMA, RectifiedFlowTrainer, lr_factor, parameter_groups
+
+
+def small_trainer(**options):
+    torch.manual_seed(0)
+    return RectifiedFlowTrainer(LiquidDiffusion(channels=(8, 16), blocks=(1, 1)), device="cpu", **options)
+
+
+def pictures(n=4, size=8, seed=0):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).clone()
+
+
+def test_quick_start_of_the_specification():
+    trainer = small_trainer(lr=1e-4, warmup_steps=1)
+    metrics = trainer.train_step(pictures())
+    assert float(f"{metrics['loss']:.4f}") > 0
+    assert torch.is_tensor(metrics["loss"])  # not read back from the device unless somebody formats it
+    samples = trainer.sample(batch_size=4, image_size=8, num_steps=5)
+    assert samples.shape == (4, 3, 8, 8)
+    assert samples.abs().max() <= 1
+
+
+def test_training_learns_one_picture():
+    """The exact flow to a single picture ends in that picture; 400 steps come near it from any noise."""
+    target = pictures(1, seed=3)
+    trainer = small_trainer(total_steps=400, warmup_steps=20)
+    for _ in range(400):
+        trainer.train_step(target.expand(16, -1, -1, -1))
+    error = (trainer.sample(8, 8, num_steps=20, seed=5) - target).square().mean()
+    assert error < 0.02
+    assert error < (pictures(8, seed=9) - target).square().mean() / 20
+
+
+# ---- the learning rate ----------------------------------------------------------------------------------------------
+
+
+def test_a_given_rate_is_used_for_every_weight():
+    trainer = small_trainer(lr=1e-4, warmup_steps=1)
+    trainer.train_step(pictures())
+    assert {group["lr"] for group in trainer.update.optimizer.param_groups} == {1e-4}
+
+
+def test_the_recipe_scales_the_rate_by_fan_in():
+    model = LiquidDiffusion(channels=(8, 16), blocks=(1, 1))
+    groups = parameter_groups(model, lr=0.016)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    block = model.bottleneck[0]
+    assert rate[id(block.cfc.spatial.weight)] == pytest.approx(0.016 * math.sqrt(32 / 49))  # depthwise 7x7
+    assert rate[id(block.ff[2].weight)] == pytest.approx(0.016 * math.sqrt(32 / 40))  # 1x1 from 40 channels
+    assert rate[id(model.encoder.down[0].weight)] == pytest.approx(0.016 * math.sqrt(32 / 72))  # 3x3 from 8 channels
+    assert rate[id(block.relaxation.rho)] == 0.016
+    assert {group["lr"] for group in parameter_groups(model, 0.016, by_fan_in=False)} == {0.016}
+
+
+def test_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine():
+    assert lr_factor(0, 0.0, 10) == pytest.approx(0.1)
+    assert lr_factor(9, 0.0, 10) == lr_factor(500, 0.0, 10) == 1
+    assert lr_factor(500, 0.5, 10) == pytest.approx(0.5)
+    assert lr_factor(500, 0.25, 10) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert lr_factor(500, 1.0, 10) == lr_factor(500, 1.5, 10) == pytest.approx(0)
+
+
+def test_total_steps_drive_the_decay():
+    trainer = small_trainer(total_steps=4, warmup_steps=1, lr=1.0)
+    rates = [trainer.train_step(pictures())["lr"] for _ in range(4)]
+    assert rates == pytest.approx([lr_factor(i, i / 4, 1) for i in range(4)])
+
+
+# ---- the average of the weights --------------------------------------------------------------------------------------
+
+
+def test_average_is_the_power_weighted_mean_of_all_steps():
+    """With exponent gamma, step i counts as i ** gamma - nearly; here against the exact recursion's closed product."""
+    values = torch.randn(12, dtype=torch.float64)
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    ema = PowerEMA(model, gamma=3.0)
+    for step, value in enumerate(values, 1):
+        model.weight.data.fill_(value)
+        ema.update(model, step)
+    keep = [(1 - 1 / i) ** 4 for i in range(1, 13)]
+    shares = torch.tensor([(1 - keep[i]) * math.prod(keep[i + 1 :]) for i in range(12)], dtype=torch.float64)
+    assert shares.sum() == pytest.approx(1)
+    assert ema.model.weight.item() == pytest.approx((shares * values).sum().item())
+
+
+def test_average_forgets_all_but_the_last_share_of_the_run():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = PowerEMA(model, gamma=16.0)
+    for step in range(1, 1001):
+        model.weight.data.fill_(float(step > 700))
+        ema.update(model, step)
+    assert ema.model.weight.item() == pytest.approx(1 - 0.7**17, abs=0.002)
+
+
+def test_samples_come_from_the_average_unless_asked_otherwise():
+    trainer = small_trainer(warmup_steps=1)
+    for _ in range(5):
+        trainer.train_step(pictures())
+    averaged, newest = (trainer.sample(2, 8, 3, seed=0, ema=ema) for ema in (True, False))
+    assert not torch.equal(averaged, newest)
+    trainer.update.ema.model.load_state_dict(trainer.model.state_dict())
+    assert torch.equal(trainer.sample(2, 8, 3, seed=0), newest)
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_leaves_training_untouched():
+    plain, sampled = small_trainer(), small_trainer()
+    for trainer in (plain, sampled):
+        for step in range(3):
+            trainer.train_step(pictures(seed=step))
+            if trainer is sampled:
+                trainer.sample(2, 8, 2)
+    assert torch.equal(weights(plain), weights(sampled))
+
+
+def test_same_seed_same_pictures_and_other_noise_without_one():
+    trainer = small_trainer()
+    assert torch.equal(trainer.sample(2, 8, 2, seed=1), trainer.sample(2, 8, 2, seed=1))
+    assert not torch.equal(trainer.sample(2, 8, 2), trainer.sample(2, 8, 2))
+
+
+def test_accumulated_micro_batches_are_the_same_step():
+    whole, parts = small_trainer(lr=1e-3), small_trainer(lr=1e-3, micro_batch=3)
+    for trainer in (whole, parts):
+        trainer.metrics = trainer.train_step(pictures(8))
+    torch.testing.assert_close(parts.metrics, whole.metrics, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_is_clipped_to_the_norm():
+    trainer = small_trainer(clip_norm=1e-3)
+    norms = []
+    trainer.update.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: norms.append(
+            torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm()
+        )
+    )
+    assert trainer.train_step(pictures())["grad_norm"] > 1e-3
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_with_a_bad_gradient_changes_nothing_and_is_counted():
+    trainer = small_trainer(warmup_steps=10)
+    trainer.train_step(pictures())
+    trainer.update.settle()
+    before, average = weights(trainer), weights_of(trainer.update.ema.model)
+    moments = [state["exp_avg"].clone() for state in trainer.update.optimizer.state.values()]
+    handle = trainer.model.stem[0].weight.register_hook(lambda grad: grad * float("nan"))
+    trainer.train_step(pictures(seed=1))
+    handle.remove()
+    trainer.update.settle()
+    assert torch.equal(weights(trainer), before)
+    assert torch.equal(weights_of(trainer.update.ema.model), average)
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, trainer.update.optimizer.state.values()))
+    assert (trainer.update.steps, trainer.update.skipped) == (1, 1)
+    assert trainer.train_step(pictures(seed=2))["lr"] == pytest.approx(0.016 * 2 / 10)  # the second real step
+    trainer.update.settle()
+    assert not torch.equal(weights(trainer), before)
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def test_plain_recipe_noise_and_times_repeat_with_the_seed():
+    losses = [small_trainer(seed=seed).train_step(pictures())["loss"] for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_state_goes_on_bit_by_bit():
+    straight, first = small_trainer(), small_trainer()
+    for step in range(6):
+        straight.train_step(pictures(seed=step))
+        if step < 3:
+            first.train_step(pictures(seed=step))
+    second = small_trainer(seed=7)
+    second.load_state_dict(first.state_dict())
+    for step in range(3, 6):
+        second.train_step(pictures(seed=step))
+    assert torch.equal(weights(straight), weights(second))
+    straight.update.settle(), second.update.settle()
+    assert torch.equal(weights_of(straight.update.ema.model), weights_of(second.update.ema.model))
+    assert torch.equal(straight.sample(1, 8, 2), second.sample(1, 8, 2))
+
+
+# ---- precision and device -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_precision_goes_by_compute_capability(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # what a T4 claims
+    assert ld.choose_precision(torch.device("cuda")) == dtype
+    assert ld.choose_precision(torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_float32_weights(dtype):
+    trainer = small_trainer(precision=dtype, warmup_steps=1)
+    losses = [trainer.train_step(pictures(16, seed=step))["loss"].item() for step in range(30)]
+    trainer.update.settle()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert trainer.update.steps >= 20
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert trainer.sample(1, 8, 2).dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_a_sentence():
+    with pytest.raises(RuntimeError, match="needs a GPU that PyTorch can use"):
+        ld.RectifiedFlow(LiquidDiffusion(channels=(8,), blocks=(1,)), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"\[B, 3, H, W\]"),
+        (torch.zeros(2, 1, 8, 8), r"\[B, 3, H, W\]"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "torch.uint8"),
+        (torch.rand(2, 3, 8, 8), r"scale them to \[-1, 1\]"),
+        (torch.rand(2, 3, 8, 8) * 255, r"scale them to \[-1, 1\]"),
+        (torch.full((2, 3, 8, 8), float("nan")), "NaN or infinity"),
+        (pictures(size=9), "9x9; both sides must be a multiple of 2"),
+    ],
+)
+def test_bad_batches_are_refused_with_the_reason(images, message):
+    trainer = small_trainer()
+    with pytest.raises(ValueError, match=message):
+        trainer.train_step(images)
+
+
+def test_sampling_refuses_zero_steps_and_odd_sizes():
+    with pytest.raises(ValueError, match="at least one step"):
+        small_trainer().sample(1, 8, num_steps=0)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        small_trainer().sample(1, 7, num_steps=1)
+
+
+def test_trajectory_holds_every_state_and_sizes_may_differ():
+    film = small_trainer().sample(2, (8, 12), num_steps=3, trajectory=True, seed=0)
+    assert film.shape == (4, 2, 3, 8, 12)
+    assert torch.equal(film[0], torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0)))
