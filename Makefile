@@ -13,13 +13,13 @@ CANONICAL := --extra-keys "metadata.language_info metadata.jupytext cell.metadat
 .PHONY: train test test-colab check unit smoke canonical export text notebook clean
 .DELETE_ON_ERROR:
 
-export LD_SOURCE LD_PRESET LD_IMAGE_SIZE LD_MINUTES LD_BATCH_SIZE LD_SEED
 LD_SOURCE     ?= $(SOURCE)
 LD_PRESET     ?= $(PRESET)
 LD_IMAGE_SIZE ?= $(SIZE)
 LD_MINUTES    ?= $(MINUTES)
 LD_BATCH_SIZE ?= $(BATCH)
 LD_SEED       ?= $(SEED)
+export LD_SOURCE LD_PRESET LD_IMAGE_SIZE LD_MINUTES LD_BATCH_SIZE LD_SEED
 
 train: $(VENV)/run
 	@$(BIN)/python run_notebook.py $(NOTEBOOK)

@@ -5,7 +5,9 @@ The folder is LD_RUN_DIR, or runs/<time>; the executed notebook, samples.png, lo
 
 from __future__ import annotations
 
+import html
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,14 +18,25 @@ from nbclient.exceptions import CellExecutionError
 
 
 class Narrator(NotebookClient):
-    """Prints each section's heading when it is reached, and what the cells write, while they run."""
+    """Prints each section's heading when it is reached, what the cells write, and every ten seconds where the bar stands."""
+
+    last_bar = 0.0
 
     def process_message(self, msg, cell, cell_index):
-        output = super().process_message(msg, cell, cell_index)
+        content = msg["content"]
         if msg["msg_type"] == "stream":
-            sys.stdout.write(msg["content"]["text"])
-            sys.stdout.flush()
-        return output
+            print(content["text"], end="", flush=True)
+        elif msg["msg_type"] == "comm_msg":
+            self.print_bar(content["data"].get("state", {}).get("value"))
+        return super().process_message(msg, cell, cell_index)
+
+    def print_bar(self, value):
+        """tqdm's notebook bar is a widget; the text at its right end is HTML and holds a count or a rate, so a slash."""
+        if isinstance(value, str) and time.monotonic() - self.last_bar > 10:
+            text = html.unescape(re.sub(r"<[^>]*>", "", value)).strip()
+            if "/" in text:
+                print(f"  {text}", flush=True)
+                self.last_bar = time.monotonic()
 
     async def async_execute_cell(self, cell, cell_index, **options):
         if cell.cell_type == "markdown":
