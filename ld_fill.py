@@ -38,6 +38,7 @@ MAX_FILE = 256 << 20  # bytes; a longer member of a zip is not unpacked
 COMMIT_SECONDS = 0.25  # rows become visible to readers at least this often while they arrive
 THREADS = 4  # Pillow decodes outside the GIL; more than the cores, since reading from a mounted drive is mostly waiting
 AHEAD = 64  # rows handed to the threads before the first of them is needed
+PARQUET_PIECE = 8 << 20  # bytes asked for at a time
 PARQUET_BATCH = 32  # rows; by default `datasets` turns a whole row group (often 300 MB) into Python objects at once
 LONGEST_PAUSE = 60  # seconds between two tries
 BRIEFLY = 10  # seconds to go on where more patience rarely helps: no network at the start, an unknown id
@@ -182,7 +183,7 @@ class Shards:
     def rows(self, shard, offset):
         import datasets
 
-        options = {"batch_size": PARQUET_BATCH} if self.format == "parquet" else {}
+        options = parquet_options() if self.format == "parquet" else {}
         stream = datasets.load_dataset(
             self.format, data_files={self.split: [shard]}, split=self.split, streaming=True, **options
         )
@@ -191,6 +192,26 @@ class Shards:
             stream = stream.cast_column(column, datasets.Image(decode=False))
         for index, row in enumerate(stream.skip(offset), offset):
             yield f"{PurePosixPath(shard).name} row {index}", cell_bytes(row[column])
+
+
+def parquet_options():
+    """Keywords for `load_dataset` that hold a row group in memory once, and fetch it in pieces, not at one go.
+
+    `datasets` before 4.2 takes no scan options, so there they become the default of pyarrow in this process.
+    """
+    import pyarrow.dataset
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+
+    pieces = pyarrow.dataset.ParquetFragmentScanOptions(
+        use_buffered_stream=True, buffer_size=PARQUET_PIECE, pre_buffer=False
+    )
+    if hasattr(ParquetConfig, "fragment_scan_options"):
+        return {"batch_size": PARQUET_BATCH, "fragment_scan_options": pieces}
+    if not isinstance(pyarrow.dataset.ParquetFileFormat, partial):
+        pyarrow.dataset.ParquetFileFormat = partial(
+            pyarrow.dataset.ParquetFileFormat, default_fragment_scan_options=pieces
+        )
+    return {"batch_size": PARQUET_BATCH}
 
 
 def image_column(features):
@@ -253,6 +274,8 @@ def decode_ahead(rows, size, pool):
 
 def brief(fault):
     """An HTTP status, or kind and first line of an exception, to be quoted within a sentence."""
+    while fault.__cause__:
+        fault = fault.__cause__
     response = getattr(fault, "response", None)
     if response is not None:
         return f"{response.status_code} {http.HTTPStatus(response.status_code).phrase}"
@@ -268,7 +291,7 @@ def shorten_retries(pause):
     """Make `datasets` give up soon: its own retries last up to 28 min, start no new request and count no progress."""
     from datasets import config
 
-    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 3
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 2
     config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = pause
     config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = pause
 
@@ -357,6 +380,7 @@ class Filler:
 
         What `datasets` or the network raise ends as a `FillError` with the sentence that `explain` makes of it.
         """
+        self.explain = explain
         pause, seen, since = self.knobs["retry_wait"], self.state["seen"], time.monotonic()
         while True:
             try:
@@ -395,7 +419,7 @@ class Filler:
             problem, remedy = "The Hub does not answer as it should", "try again later"
         return f'{problem} ({brief(fault)}); {remedy}, or pass source="samples" for the pictures that come with this project.'
 
-    def lost(self, source, index, fault=None):
+    def lost(self, source, index, fault):
         """The sentence for a shard that stays unreadable."""
         state, shards = self.state, len(source.shards)
         missing = f"{shards - index} of {shards} shards are missing"
@@ -466,7 +490,7 @@ def watch(filler, parent):
     limit = 2 * (filler.knobs["patience"] + filler.knobs["timeout"])
     while os.getppid() == parent:
         if filler.last_row and time.monotonic() - filler.last_row > limit:
-            finish(f"{filler.name} has sent no row for {limit:.0f} s; open it again to go on from there.")
+            finish(filler.explain(TimeoutError(f"no row for {limit:.0f} s")))
         time.sleep(0.2)
     os._exit(1)
 

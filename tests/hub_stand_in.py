@@ -11,6 +11,7 @@ It answers what `huggingface_hub` asks of a data set: `api/datasets/ID[/revision
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import socket
@@ -19,6 +20,10 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 API = re.compile(
     r"/api/datasets/(?P<id>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?$"
@@ -57,7 +62,8 @@ class HubStandIn:
         """Spoil `times` requests for `repo` whose address contains `where`, after letting `after` of them pass.
 
         `kind` is a status code, or: "reset", "stall" (both in mid-body), "close" (early, the length promised more),
-        "short" (a well-formed answer with half the bytes), "no range" (the whole file whatever was asked).
+        "trickle" (a byte now and then), "short" (a well-formed answer with half the bytes), "no range" (the whole
+        file whatever was asked), "truncated" and "garbage" (of the file as a whole).
         """
         self.faults.append({"repo": repo, "where": where, "kind": kind, "times": times, "after": after})
 
@@ -133,21 +139,27 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         data = files[path]
+        if fault == "truncated":
+            data = data[: len(data) // 2]
+        if fault == "garbage":
+            data = b"<html>Bad gateway</html>".ljust(len(data), b" ")
         headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
         status, body = 200, data
         asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked and fault != "no range":
             start, stop = int(asked[1]), int(asked[2] or len(data) - 1) + 1
             status, body = 206, data[start:stop]
+            if not body:
+                return self.reply(416, b"")
             headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(data)}"
         if fault == "short":
             body = body[: len(body) // 2]
-        if fault in ("reset", "stall", "close"):
+        if fault in ("reset", "stall", "close", "trickle"):
             return self.break_off(status, body, headers, fault)
         return self.reply(status, body, headers)
 
     def break_off(self, status, body, headers, fault):
-        """Promise the whole body, send half, then reset, close or fall silent."""
+        """Promise the whole body, send a part, then reset, close, trickle or fall silent."""
         self.send_response(status)
         for name, value in {**headers, "Content-Length": len(body)}.items():
             self.send_header(name, str(value))
@@ -156,6 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if fault == "stall":
             self.hub.closing.wait(60)
+        for byte in body[len(body) // 2 :] if fault == "trickle" else b"":
+            if self.hub.closing.wait(0.2):
+                break
+            self.wfile.write(bytes([byte]))
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             time.sleep(0.05)
@@ -185,3 +201,28 @@ def _one_level(entries, folder):
         name, _, rest = entry["path"][len(folder) :].partition("/")
         shown[name] = {"type": "directory", "path": folder + name, "oid": "0" * 40, "size": 0} if rest else entry
     return list(shown.values())
+
+
+def numbered_png(number, side=40):
+    """A PNG, not compressed, whose colour says its number (below 65,536); `numbers` reads it back."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (number % 256, number // 256, 77)).save(file, "PNG", compress_level=0)
+    return file.getvalue()
+
+
+def numbers(images):
+    """uint8 [N, 3, H, W] made from `numbered_png` -> [N] numbers."""
+    centre = images[:, :, images.shape[2] // 2, images.shape[3] // 2].astype(int)  # [N, 3]
+    return (centre[:, 0] + 256 * centre[:, 1]).tolist()
+
+
+def parquet_bytes(pictures, group=10):
+    """Picture files (bytes, or None) -> a parquet file as the Hub has them: `image` of type Image, and `label`."""
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [None if data is None else {"bytes": data, "path": f"{i}.png"} for i, data in enumerate(pictures)]
+    table = pa.table({"label": pa.array(range(len(cells)), pa.int64()), "image": pa.array(cells, struct)})
+    features = {"image": {"_type": "Image"}, "label": {"dtype": "int64", "_type": "Value"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    file = io.BytesIO()
+    pq.write_table(table, file, row_group_size=group, compression="none")
+    return file.getvalue()
