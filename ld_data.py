@@ -100,19 +100,23 @@ def identify(source, split, root):
     if isinstance(source, (list, tuple)):
         source = _spool(source, root)
     path = SAMPLES if str(source) == "samples" else Path(source).expanduser().absolute()
-    if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
+    if not str(source) or not path.exists():
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
             return {"kind": "hub", "source": str(source)}
-        raise DataError(f"{source} is neither a folder, zip or parquet file here nor a Hub id like owner/name.")
+        raise DataError(f"{source!r} is neither a folder, zip or parquet file here nor a Hub id like owner/name.")
     parquet = [path] if path.suffix == ".parquet" else sorted(path.rglob("*.parquet")) if path.is_dir() else []
     if parquet:
         listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in parquet]
         return {"kind": "parquet", "source": str(path), "fingerprint": ld_fill.fingerprint(listing)}
     if not path.is_dir() and not zipfile.is_zipfile(path):
         raise DataError(f"{path} is neither a folder nor a zip nor a parquet file; pass one of these.")
-    listing = ld_fill.list_pictures(path, split)
+    try:
+        listing = ld_fill.list_pictures(path, split)
+    except zipfile.BadZipFile as fault:
+        raise DataError(f"{path} is damaged ({fault}); fetch it again.") from fault
     if not listing:
-        raise DataError(f"{path} holds no pictures ({' '.join(sorted(ld_fill.SUFFIXES))}); pass a folder that does.")
+        types = " ".join(sorted(ld_fill.SUFFIXES))
+        raise DataError(f"{path} holds no pictures of split {split!r} ({types}); pass a folder or zip that does.")
     kind = "folder" if path.is_dir() else "zip"
     return {"kind": kind, "source": str(path), "fingerprint": ld_fill.fingerprint(listing)}
 
@@ -252,6 +256,8 @@ class ImageCache:
         start = len(self)
         with tqdm(total=rows, initial=start, unit="img", desc=Path(self.identity["source"]).name) as bar:
             while not self.complete and (rows is None or len(self) < rows) and not self._has_failed():
+                if self._process is None:
+                    raise DataError("The cache was closed before it was complete; open the same source again.")
                 bar.set_postfix_str(self._state.get("note", ""), refresh=False)
                 bar.update(len(self) - bar.n)
                 time.sleep(0.1)

@@ -104,26 +104,40 @@ def replace_file(path, text):
 
 
 def list_pictures(path, split):
-    """[(name, bytes, mtime)] of the pictures below a folder or in a zip, sorted by name.
+    """[(name, bytes, time or checksum)] of the pictures below a folder or in a zip, sorted by name.
 
-    Where some lie in a folder called like the split (`train/cat/1.png`), only those count.
+    Where some lie in a folder called like the split (`train/cat/1.png`), only those count; a split other than "train"
+    must have such a folder. Hidden files, and what macOS adds to zips, do not count.
     """
     if path.is_dir():
-        found = []
-        for folder, _, names in os.walk(path, followlinks=True):
-            stats = ((Path(folder, name), os.stat(Path(folder, name))) for name in names if _is_picture(name))
-            found += [(file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        found = [_stat(path, file) for file in _walk(path)]
     else:
         with zipfile.ZipFile(path) as archive:
-            found = [(m.filename, m.file_size, m.CRC) for m in archive.infolist() if _is_picture(m.filename)]
+            found = [(m.filename, m.file_size, m.CRC) for m in archive.infolist() if not m.is_dir()]
+    found = sorted(row for row in found if _is_picture(PurePosixPath(row[0])))
     within = [row for row in found if split in PurePosixPath(row[0]).parts[:-1]]
-    return sorted(within or found)
+    return within if within or split != "train" else found
+
+
+def _walk(path):
+    """Every file below a folder, also through links, but each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        yield from (Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES)
+
+
+def _stat(path, file):
+    stat = file.stat() if file.exists() else file.lstat()  # a dangling link is a row too: one that cannot be read
+    return file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns
 
 
 def _is_picture(name):
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and PurePosixPath(name).suffix.lower() in SUFFIXES
+    hidden = any(part == "__MACOSX" or part.startswith(".") and part != ".." for part in name.parts)
+    return not hidden and name.suffix.lower() in SUFFIXES
 
 
 def fingerprint(listing):

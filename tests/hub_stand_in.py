@@ -203,10 +203,10 @@ def _one_level(entries, folder):
     return list(shown.values())
 
 
-def numbered_png(number, side=40):
-    """A PNG, not compressed, whose colour says its number (below 65,536); `numbers` reads it back."""
+def numbered_png(number, side=40, compress_level=1):
+    """A PNG whose colour says its number (below 65,536); `numbers` reads it back. Level 0 makes the file large."""
     file = io.BytesIO()
-    Image.new("RGB", (side, side), (number % 256, number // 256, 77)).save(file, "PNG", compress_level=0)
+    Image.new("RGB", (side, side), (number % 256, number // 256, 77)).save(file, "PNG", compress_level=compress_level)
     return file.getvalue()
 
 

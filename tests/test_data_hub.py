@@ -13,7 +13,8 @@ from ld_data import DataError, open_images
 pytestmark = pytest.mark.timeout(180)
 REPO = "owner/pictures"
 SHARD = "train-00000-of-00003"  # 100 rows in 10 row groups and 30 MB, so that faults strike in its middle
-LARGE, SMALL = [numbered_png(number, side=320) for number in range(100)], [numbered_png(n) for n in range(100, 140)]
+LARGE = [numbered_png(number, side=320, compress_level=0) for number in range(100)]
+SMALL = [numbered_png(number) for number in range(100, 140)]
 ROWS = list(range(140))
 CARD = b"""---
 dataset_info:
