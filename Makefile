@@ -8,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 NOTEBOOK  := LiquidDiffusion_Training.ipynb
 NOTEBOOKS := $(NOTEBOOK) $(wildcard notebooks/*.ipynb)
-CANONICAL := --extra-keys "metadata.language_info metadata.jupytext cell.metadata.id cell.metadata.outputId cell.metadata.executionInfo"
+CANONICAL := --extra-keys "metadata.language_info metadata.jupytext cell.id cell.metadata.id cell.metadata.lines_to_next_cell cell.metadata.outputId cell.metadata.executionInfo"
 
 .PHONY: train test test-colab check unit smoke canonical export text notebook clean
 .DELETE_ON_ERROR:

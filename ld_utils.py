@@ -1,14 +1,17 @@
-"""Small helpers that more than one notebook needs: pictures and figures, settings, the machine, checkpoint files."""
+"""Small helpers that more than one notebook needs: pictures and figures, settings, the machine."""
 
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import os
 import platform
-import time
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -166,10 +169,47 @@ class Settings:
     seed: int
     smoke: bool  # a few steps of everything, to see that it works
     rows_to_start: int = 2000  # pictures in the cache before training starts
-    max_steps: int = 0  # 0: the minutes decide
+    max_steps: int = 0  # the budget in steps; 0: the minutes decide
     samples: int = 32
     steps: int = 50  # Euler steps of the final grid
     run_dir: Path = Path("runs")
+    plan: str = ""  # growing resolution, "64:0.6,128:0.4": side in pixels and share of the budget, stage by stage
+    resume: str = "auto"  # "auto" goes on with the run in run_dir, "never" sets it aside and starts anew
+    backup: str = ""  # a folder, say on a mounted drive, that gets a copy of every checkpoint
+    save_every: float = 60.0  # seconds between checkpoints
+
+    @property
+    def stages(self):
+        """The plan as a list of Stage, one of the whole budget if there is no plan."""
+        return parse_plan(self.plan) if self.plan else [Stage(self.image_size, 1.0)]
+
+    def change(self, name, value):
+        """Set one value; a run_dir that was chosen by the settings follows them."""
+        follows = self.run_dir == run_folder(vars(self))
+        setattr(self, name, value)
+        if name == "plan" and value:
+            self.image_size = self.stages[-1].image_size
+        if follows:
+            self.run_dir = run_folder(vars(self))
+
+
+class Stage(NamedTuple):
+    """A part of a run: side of the pictures, and the share of the budget at which it ends."""
+
+    image_size: int
+    end: float
+
+
+def parse_plan(text):
+    """From "64:0.6,128:0.4" to [Stage(64, 0.6), Stage(128, 1.0)]; shares are scaled to sum 1. ValueError for other texts."""
+    try:
+        pairs = [(int(size), float(share)) for size, share in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        pairs = []
+    if not pairs or any(size < 1 or not 0 < share < math.inf for size, share in pairs):
+        raise ValueError(f"The plan is {text!r}; write side:share per stage, for example 64:0.6,128:0.25,256:0.15.")
+    total, ends = sum(share for _, share in pairs), itertools.accumulate(share for _, share in pairs)
+    return [Stage(size, end / total) for (size, _), end in zip(pairs, ends)]
 
 
 def read_settings(**values):
@@ -187,8 +227,25 @@ def read_settings(**values):
     chosen = values | {name: auto[name] for name in auto if values[name] in ("auto", 0)}
     if chosen["smoke"]:
         chosen |= dict(rows_to_start=64, max_steps=4, samples=8, steps=4)
-    folder = os.environ.get("LD_RUN_DIR") or f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    return Settings(**chosen, run_dir=Path(folder))
+    if chosen.get("plan"):
+        chosen["image_size"] = parse_plan(chosen["plan"])[-1].image_size
+    if chosen.get("resume", "auto") not in ("auto", "never"):
+        raise ValueError(f"resume is {chosen['resume']!r}; choose 'auto' to go on with an earlier run, or 'never'.")
+    if not chosen.get("backup") and DRIVE.is_dir():
+        chosen["backup"] = str(DRIVE / "LiquidDiffusion")
+    folder = os.environ.get("LD_RUN_DIR")
+    return Settings(**chosen, run_dir=Path(folder) if folder else run_folder(chosen))
+
+
+DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
+
+
+def run_folder(chosen):
+    """A folder that is the same whenever the settings are, so that running the notebook again finds its earlier run."""
+    size = chosen.get("plan") or f"{chosen['image_size']}px"
+    words = [chosen["source"], chosen["preset"], size, f"seed{chosen['seed']}", "smoke"]
+    kept = words[:3] + words[3:4] * bool(chosen["seed"]) + words[4:] * chosen["smoke"]
+    return Path("runs", "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.") for word in kept))
 
 
 def _parse(name, text, kind):
@@ -218,27 +275,3 @@ def _gpu():
 
 def _ram_gib():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-# ---- checkpoint files -----------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(state, path):
-    """Write a dict of tensors and plain values so that `path` is, at any moment, the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def load_checkpoint(path, device="cpu"):
-    """Read what save_checkpoint wrote; never runs code from the file (weights_only)."""
-    return torch.load(path, map_location=device, weights_only=True)

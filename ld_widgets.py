@@ -18,10 +18,13 @@ def settings_panel(settings):
         "minutes": widgets.FloatText(description="minutes"),
         "batch_size": widgets.IntText(description="batch size"),
         "seed": widgets.IntText(description="seed"),
+        "plan": widgets.Text(description="plan"),
+        "resume": widgets.Dropdown(description="resume", options=["auto", "never"]),
+        "backup": widgets.Text(description="backup"),
     }
     for name, field in fields.items():
         field.value = getattr(settings, name)
-        field.observe(lambda change, name=name: setattr(settings, name, change["new"]), names="value")
+        field.observe(lambda change, name=name: settings.change(name, change["new"]), names="value")
     return widgets.VBox(list(fields.values()))
 
 

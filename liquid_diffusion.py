@@ -8,7 +8,7 @@ This file is exported from LiquidDiffusion_Training.ipynb; edit the notebook, th
 
 import copy
 import math
-from functools import partial
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -442,9 +442,13 @@ def parameter_groups(model, lr, by_fan_in=True):
     return [dict(params=params, lr=lr * min(1, (32 / fan_in) ** 0.5)) for fan_in, params in groups.items()]
 
 
-def lr_factor(step, progress, warmup_steps):
-    """Share of the peak learning rate: linear warm-up in steps, times a cosine from 1 to 0 in progress [0, 1]."""
-    return min(1, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * min(1, progress))) / 2
+def lr_factor(step, progress, warmup_steps, warmup_share=0.05):
+    """Share of the peak learning rate: linear warm-up, times a cosine from 1 to 0 in progress [0, 1].
+
+    The warm-up ends after warmup_steps, or at warmup_share of the budget where that comes first, as in a short run.
+    """
+    warmup = min(1, max((step + 1) / warmup_steps, progress / warmup_share))
+    return warmup * (1 + math.cos(math.pi * min(1, progress))) / 2
 
 
 class PowerEMA:
@@ -495,8 +499,43 @@ def check_images(images, in_channels, value_range=True):
             raise ValueError(f"images run from {low:.3g} to {high:.3g}; scale them to [-1, 1].")
 
 
-class WeightUpdate:
-    """Gradients to weights: scale, unscale, clip, AdamW, average; counts `steps` that were real and those `skipped`.
+class Later:
+    """A truth value on its way from the device to the host: bool() waits for it alone, not for the work queued after it."""
+
+    def __init__(self, value):
+        self.value = value.to("cpu", non_blocking=True)
+        self.arrival = torch.cuda.Event() if value.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def __bool__(self):
+        if self.arrival:
+            self.arrival.synchronize()
+        return bool(self.value)
+
+
+class StepCount:
+    """Counts the `steps` that were real and those `skipped`, and averages the weights after each real one into `ema`."""
+
+    def __init__(self, model, ema_gamma):
+        self.model, self.ema = model, PowerEMA(model, ema_gamma)
+        self.steps = self.skipped = self.skipped_in_a_row = 0
+        self.flag = None  # true, Later, if the last step was skipped; None once it is counted
+
+    def settle(self):
+        """Count the last step and average its weights, if that is still to do."""
+        if self.flag is None:
+            return
+        skipped, self.flag = bool(self.flag), None
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            self.steps += 1
+            self.ema.update(self.model, self.steps)
+
+
+class WeightUpdate(StepCount):
+    """Gradients to weights: scale, unscale, clip, AdamW, count and average.
 
     lr=None is the measured recipe, 16e-3 scaled by fan-in; a number is used as it is, unless by_fan_in=True. total_steps:
     length of the cosine decay of the rate, or None to follow the progress given to `step`.
@@ -513,16 +552,17 @@ class WeightUpdate:
         clip_norm=1.0,
         ema_gamma=16.0,
     ):
-        self.model, self.clip_norm = model, clip_norm
-        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        super().__init__(model, ema_gamma)
+        self.clip_norm, self.warmup_steps, self.total_steps = clip_norm, warmup_steps, total_steps
         groups = parameter_groups(model, lr or 16e-3, lr is None if by_fan_in is None else by_fan_in)
         self.peak_lrs, self.lr_scale = [group["lr"] for group in groups], 1.0
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        device = next(model.parameters()).device
+        self.set_precision(precision)
+
+    def set_precision(self, precision):
+        """Scale the loss for float16, whose small gradients would vanish, and for nothing else."""
+        device = next(self.model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        self.ema = PowerEMA(model, ema_gamma)
-        self.steps = self.skipped = self.skipped_in_a_row = 0
-        self.flag = None  # 1.0 on the device if the last step was skipped; None once it is counted
 
     def step(self, progress):
         """Apply the gradients that scaler.scale(loss).backward() left; returns their norm, a tensor, before clipping."""
@@ -533,22 +573,12 @@ class WeightUpdate:
         factor = self.lr_scale * lr_factor(self.steps, progress, self.warmup_steps)
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
             group["lr"] = peak * factor
-        self.flag = self.optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW does nothing where this is 1
+        bad = self.optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW does nothing where this is 1
+        self.flag = Later(bad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def settle(self):
-        """Count the last step and average its weights, if that is still to do."""
-        if self.flag is None:
-            return
-        skipped, self.flag = bool(self.flag), None
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if not skipped:
-            self.steps += 1
-            self.ema.update(self.model, self.steps)
 
 
 class RectifiedFlow:
@@ -595,6 +625,127 @@ class RectifiedFlow:
         return torch.stack(states) if trajectory else states[-1]
 
 
+class FitsMemory:
+    """Part of the trainer: the gradient of a batch within the memory there is. micro_batch: pictures at once, None for all."""
+
+    def accumulate(self, images, noise, t):
+        """Add the gradient of the mean loss, micro_batch pictures at a time; returns that loss."""
+        total = torch.zeros((), device=self.device)
+        for part in zip(*(x.split(self.micro_batch or len(images)) for x in (images, noise, t))):
+            with self.autocast():
+                loss = velocity_loss(self.model, *part) * (len(part[0]) / len(images))
+            self.update.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def gradients(self, images, noise, t):
+        """accumulate, and where memory runs out make room and do the batch again: the same gradient but for rounding."""
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                return self.accumulate(images, noise, t)
+            self.make_room(len(images))  # out here no traceback keeps the tensors of the failed attempt alive
+
+    def make_room(self, batch_size):
+        """Halve micro_batch, or turn gradient checkpointing on once 4 are left; OutOfMemoryError if one is too much."""
+        self.update.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # does nothing without CUDA
+        size = min(self.micro_batch or batch_size, batch_size)
+        if size > 4 or (self.checkpointing and size > 1):
+            self.micro_batch = 2 ** ((size - 1).bit_length() - 1)  # the next smaller power of two
+        elif not self.checkpointing:
+            self.micro_batch, self.checkpointing = size, True
+            set_gradient_checkpointing(self.model)
+        else:
+            raise torch.OutOfMemoryError(
+                "Memory is too small for a single picture; choose a smaller image size or preset."
+            )
+        blocks = "; blocks are computed twice to save memory" if self.checkpointing else ""
+        self.say(f"Out of memory with {size} pictures at once: now {self.micro_batch} at a time{blocks}.")
+
+
+class FitsMachine(FitsMemory):
+    """Part of the trainer: tries, before a run, which kernels work and how many pictures fit. Training randomness is untouched."""
+
+    def try_out(self, n, image_size):
+        """One forward and backward of n pictures beside the memory the optimizer will need; True if all numbers are finite."""
+        parameters = list(self.model.parameters())
+        moments = (
+            [torch.empty_like(p) for p in parameters * 2] if not self.update.optimizer.state else []
+        )  # held till the end
+        pictures = torch.randn(
+            2, n, self.model.in_channels, image_size, image_size, generator=torch.Generator().manual_seed(0)
+        )
+        images, noise = (x.to(self.device, memory_format=torch.channels_last) for x in pictures)  # [n, C, H, W] each
+        with self.autocast():
+            loss = velocity_loss(self.model, images, noise, torch.linspace(0, 1, n, device=self.device))
+        loss.backward()
+        norms = torch.stack([loss.detach(), *(p.grad.norm() for p in parameters if p.grad is not None)])
+        del moments
+        self.update.optimizer.zero_grad(set_to_none=True)
+        return bool(norms.isfinite().all())
+
+    def fit_micro_batch(self, batch_size, image_size):
+        """Set micro_batch to the batch, or to the largest power of two that fits with an eighth to spare."""
+        self.micro_batch = None
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                return self.try_out(math.ceil(9 / 8 * (self.micro_batch or batch_size)), image_size)
+            self.make_room(batch_size)
+
+    def fault(self, image_size):
+        """What is wrong with the present precision and kernels, in a few words, or None."""
+        try:
+            return None if self.try_out(2, image_size) else "numbers that are not finite"
+        except torch.OutOfMemoryError:
+            return None  # a question of room, which fit_micro_batch answers
+        except RuntimeError as error:
+            return str(error).strip().split("\n")[0]
+
+
+def self_test(self, image_size):
+    """Take the chosen precision if two pictures go through it, else without cuDNN, else float32; RuntimeError if nothing works."""
+    chosen, first_fault = self.precision, None
+    for precision in dict.fromkeys((chosen, torch.float32)):
+        for cudnn in (True, False):
+            self.precision, torch.backends.cudnn.enabled = precision, cudnn
+            self.update.set_precision(precision)
+            fault = self.fault(image_size)
+            if fault is None:
+                if first_fault:
+                    kernels = "" if cudnn else " without cuDNN"
+                    self.say(
+                        f"{str(chosen)[6:]} fails here ({first_fault}): training uses {str(precision)[6:]}{kernels}."
+                    )
+                return
+            first_fault = first_fault or fault
+    raise RuntimeError(
+        f"The network cannot be trained on this device ({first_fault}); choose another runtime or device='cpu'."
+    )
+
+
+def check_weights(model, weights):
+    """Raise a ValueError, one sentence, unless weights (name -> tensor) have the names and shapes of the model's own."""
+    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = {name: list(tensor.shape) for name, tensor in weights.items() if tensor.is_floating_point()}
+    for name in sorted(here | there):
+        if here.get(name) != there.get(name):
+            shapes = f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+            raise ValueError(
+                f"The weights are those of another network ({shapes}); build the one that the file's config names."
+            )
+
+
+def check_moments(optimizer, saved):
+    """Raise a ValueError unless the saved averages of the gradients have their parameters' shapes, or there are none yet."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    pairs = [(saved[i][name], p) for i, p in enumerate(parameters) if saved for name in ("exp_avg", "exp_avg_sq")]
+    if any(moment.shape != p.shape or moment.dtype != p.dtype for moment, p in pairs):
+        raise ValueError("The optimizer's state is that of another network; start from the weights alone.")
+
+
+COUNTS = ("steps", "skipped", "skipped_in_a_row", "lr_scale")
+
+
 def trainer_state(self):
     """All that a later run needs to go on bit by bit the same: tensors, numbers and strings only, so it loads without code."""
     self.update.settle()
@@ -605,32 +756,40 @@ def trainer_state(self):
         ema=update.ema.model.state_dict(),
         optimizer=update.optimizer.state_dict(),
         scaler=update.scaler.state_dict(),
-        counts=dict(steps=update.steps, skipped=update.skipped, lr_scale=update.lr_scale, progress=self.progress),
+        counts={name: getattr(update, name) for name in COUNTS},
+        progress=self.progress,
+        micro_batch=self.micro_batch,
         generators=[self.generator.get_state(), self.sampling_generator.get_state()],
     )
 
 
 def load_trainer_state(self, state):
-    """Go on from trainer_state's dict; the model must have been built with the same arguments."""
-    update, counts = self.update, state["counts"]
+    """Go on from trainer_state's dict; ValueError, with nothing changed, if it belongs to a network of another shape."""
+    update = self.update
+    check_weights(self.model, state["model"])
+    check_weights(self.model, state["ema"])
+    check_moments(update.optimizer, state["optimizer"]["state"])
     self.model.load_state_dict(state["model"])
     update.ema.model.load_state_dict(state["ema"])
     update.optimizer.load_state_dict(state["optimizer"])
-    update.scaler.load_state_dict(state["scaler"])
-    update.steps, update.skipped, update.lr_scale = counts["steps"], counts["skipped"], counts["lr_scale"]
-    update.flag, update.skipped_in_a_row, self.progress = None, 0, counts["progress"]
+    if state["scaler"] and update.scaler.is_enabled():  # a file from another precision has none
+        update.scaler.load_state_dict(state["scaler"])
+    for name in COUNTS:
+        setattr(update, name, state["counts"][name])
+    update.flag, self.progress, self.micro_batch = None, state["progress"], state["micro_batch"]
     for generator, saved in zip((self.generator, self.sampling_generator), state["generators"]):
-        generator.set_state(saved.cpu())
+        if len(saved) == len(generator.get_state()):  # else it was saved on another kind of device
+            generator.set_state(saved.cpu())
 
 
-class RectifiedFlowTrainer(RectifiedFlow):
+class RectifiedFlowTrainer(FitsMachine, RectifiedFlow):
     """RectifiedFlow that learns: train_step(images), then sample() from the averaged weights.
 
     lr, total_steps and the other `options`: see WeightUpdate. Without total_steps the caller may set `progress` (0 to 1), or
     the rate stays. micro_batch: pictures on the device at once; larger batches accumulate their gradients.
     """
 
-    state_dict, load_state_dict = trainer_state, load_trainer_state
+    state_dict, load_state_dict, self_test = trainer_state, load_trainer_state, self_test
 
     def __init__(
         self, model, lr=None, device=None, precision=None, seed=0, micro_batch=None,
@@ -639,29 +798,56 @@ class RectifiedFlowTrainer(RectifiedFlow):
         super().__init__(model, device, precision, seed)
         self.update = WeightUpdate(self.model.train(), self.precision, lr, **options)
         self.generator = torch.Generator(self.device).manual_seed(seed)  # times and noise of training
-        self.micro_batch, self.progress = micro_batch, 0.0
-        self.times = partial(sample_times, distribution=time_distribution, shift=shift)
+        self.micro_batch, self.progress, self.say = micro_batch, 0.0, print
+        self.checkpointing = any(getattr(module, "checkpointing", False) for module in model.modules())
+        self.time_distribution, self.shift = time_distribution, shift
 
     def train_step(self, images):
         """One step on images [B, C, H, W] in [-1, 1]; returns loss and grad_norm (tensors: reading one waits for the GPU) and lr.
 
         Times and noise are drawn for the whole batch, so the step is the same for every micro_batch. ValueError for bad images.
         """
-        first = self.update.steps + self.update.skipped == 0
-        check_images(images, self.model.in_channels, value_range=first or images.device.type == "cpu")
+        check_images(images, self.model.in_channels, value_range=self.update.steps + self.update.skipped == 0)
         images = images.to(self.device, torch.float32, memory_format=torch.channels_last, non_blocking=True)
-        t = self.times(len(images), self.generator)
+        t = sample_times(len(images), self.generator, self.time_distribution, shift=self.shift)
         noise = torch.empty_like(images).normal_(generator=self.generator)
-        total = torch.zeros((), device=self.device)
-        for part in zip(*(x.split(self.micro_batch or len(images)) for x in (images, noise, t))):
-            with self.autocast():
-                loss = velocity_loss(self.model, *part) * (len(part[0]) / len(images))
-            self.update.scaler.scale(loss).backward()
-            total += loss.detach()
+        loss = self.gradients(images, noise, t)
         norm = self.update.step(self.progress)
-        return {"loss": total, "grad_norm": norm, "lr": self.update.optimizer.param_groups[0]["lr"]}
+        return {"loss": loss, "grad_norm": norm, "lr": self.update.optimizer.param_groups[0]["lr"]}
 
     def sample(self, *args, ema=True, **options):
         """RectifiedFlow.sample from the averaged weights, or from the newest with ema=False."""
         self.update.settle()
         return super().sample(*args, model=self.update.ema.model if ema else self.model, **options)
+
+
+def moderate(value):
+    """True for a value that may describe a network: a short text, a number up to 4096, or up to 16 of these in a list."""
+    if isinstance(value, (list, tuple)):
+        return (
+            len(value) <= 16
+            and not any(isinstance(item, (list, tuple)) for item in value)
+            and all(map(moderate, value))
+        )
+    return value is None or isinstance(value, str) or (isinstance(value, (int, float)) and 0 <= value <= 4096)
+
+
+def model_from(config, weights):
+    """A LiquidDiffusion built by `config` (dict) and holding `weights` (name -> tensor), both from a file of anybody's making.
+
+    ValueError, one sentence, before memory is taken, if the config is not one or the weights are not its network's.
+    """
+    for name, value in config.items():
+        if not moderate(value):
+            raise ValueError(
+                f"The file's config asks for {name} = {str(value)[:80]}, which no network here has; do not use it."
+            )
+    try:
+        with torch.device("meta"):  # shapes without memory
+            outline = LiquidDiffusion(**config)
+    except TypeError as error:
+        raise ValueError(f"The file's config describes no LiquidDiffusion ({error}); do not use it.") from None
+    check_weights(outline, weights)
+    model = LiquidDiffusion(**config)
+    model.load_state_dict(weights)
+    return model
