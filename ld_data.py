@@ -21,6 +21,7 @@ import time
 import warnings
 import weakref
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,7 @@ class ImageCache:
         self._knobs, self._state, self._stamp, self._process, self._failed = knobs, {}, None, None, None
         self._images = np.empty((0, 3, identity["image_size"], identity["image_size"]), np.uint8)
         self._generator = torch.Generator().manual_seed(identity["seed"])
+        self._ahead, self._thread = (None, None), ThreadPoolExecutor(1)  # rows of a coming batch, and who gathers it
         folder.mkdir(parents=True, exist_ok=True)
         if not self.complete:
             self._start_filler()
@@ -246,7 +248,8 @@ class ImageCache:
             "complete",
             "note",
         )
-        return Report({key: self._state[key] for key in keys if self._state.get(key) not in (None, "")})
+        report = Report({key: self._state[key] for key in keys if self._state.get(key) not in (None, "")})
+        return Report(report, failure=self._failed) if self._failed else report
 
     def wait(self, rows=None):
         """Show progress until `rows` pictures are ready, or all of them (None, or a source that has fewer).
@@ -287,16 +290,19 @@ class ImageCache:
 
         Rows are drawn with replacement, so a batch is a function of the generator's state and of the number of rows
         alone: once the cache is complete, a run that restores its `torch.Generator` (on the CPU; default one seeded
-        with `seed`) goes on with exactly the batches that it would have seen. Raises `DataError` where the filler
-        failed, or where there are no rows yet.
+        with `seed`) goes on with exactly the batches that it would have seen. The next batch is gathered while the
+        caller works on this one; a generator that serves nothing else lets that guess come true. Raises `DataError`
+        where the filler failed, or where there are no rows yet.
         """
-        images = self.images
+        images, generator = self.images, generator or self._generator
         self._has_failed()
         if not len(images):
             raise DataError("The cache has no rows yet; call cache.wait(1) or more before cache.batch().")
-        index = torch.randint(len(images), (batch_size,), generator=generator or self._generator)  # [B]
-        batch = torch.empty((batch_size, *images.shape[1:]), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        np.take(images, index.numpy(), axis=0, out=batch.numpy(), mode="clip")  # [B, 3, H, W]
+        index = torch.randint(len(images), (batch_size,), generator=generator)  # [B]
+        guess, gathering = self._ahead
+        batch = gathering.result() if guess is not None and torch.equal(guess, index) else _gather(images, index)
+        guess = torch.randint(len(images), (batch_size,), generator=generator.clone_state())  # [B]
+        self._ahead = guess, self._thread.submit(_gather, images, guess)
         return batch
 
     def close(self):
@@ -310,6 +316,13 @@ class ImageCache:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _gather(images, index):
+    """Rows of a memory map -> a tensor of their own, pinned if there is a GPU."""
+    batch = torch.empty((len(index), *images.shape[1:]), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    np.take(images, index.numpy(), axis=0, out=batch.numpy(), mode="clip")  # [B, 3, H, W]
+    return batch
 
 
 def _stop(process):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import http
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import responses
 from pathlib import Path, PurePosixPath
 
 from ld_decode import Dropped, decode
@@ -292,7 +292,7 @@ def brief(fault):
         fault = fault.__cause__
     response = getattr(fault, "response", None)
     if response is not None:
-        return f"{response.status_code} {http.HTTPStatus(response.status_code).phrase}"
+        return f"{response.status_code} {responses.get(response.status_code, '')}".strip()
     return f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0][:200]}".rstrip(" .:")
 
 
@@ -321,20 +321,17 @@ class Filler:
     """Fills one cache folder from where its state says, one shard after the other."""
 
     def __init__(self, request):
-        self.folder, self.identity, self.knobs = (
-            Path(request["folder"]),
-            request["identity"],
-            request["knobs"],
-        )
+        self.folder, self.identity, self.knobs = Path(request["folder"]), request["identity"], request["knobs"]
         self.name = self.identity["source"]
         self.ready = []  # decoded, not yet on disk
-        self.last_row = None  # time of the newest row; None while another filler is at work
+        self.connected = False
+        self.last_move = None  # time of the newest row or try; None while another filler is at work
 
     def run(self):
         """Wait for the lock, then fill until the source ends; raises `FillError`."""
         with locked(self.folder / "lock"):
             self.state = read_state(self.folder, self.identity) or new_state(self.identity)
-            self.last_row = self.last_commit = time.monotonic()
+            self.last_commit = time.monotonic()
             if not self.state["complete"]:
                 with open(self.folder / "images.u8", "ab", buffering=0) as self.file:
                     self.file.truncate(self.state["rows"] * row_bytes(self.identity))
@@ -347,9 +344,9 @@ class Filler:
         self.state["total"] = source.total
         with ThreadPoolExecutor(THREADS) as pool:
             for index in range(self.state["shard"], len(source.shards)):
-                self.persist(partial(self.take, source, index, pool), partial(self.lost, source, index))
                 if self.full():
                     break
+                self.persist(partial(self.take, source, index, pool), partial(self.lost, source, index))
                 self.state.update(shard=index + 1, offset=0)
         self.check_bad(least=1)
         if not self.state["rows"]:
@@ -363,6 +360,7 @@ class Filler:
 
         asked = self.state["revision"] or self.identity["asked_revision"]
         self.state["revision"] = HfApi().dataset_info(self.name, revision=asked, timeout=self.knobs["timeout"]).sha
+        self.connected = True
 
     def open_source(self):
         if self.identity["kind"] in ("folder", "zip"):
@@ -373,7 +371,7 @@ class Filler:
         """Every row of one shard, from the offset on."""
         rows = source.rows(source.shards[index], self.state["offset"])
         for name, result in decode_ahead(rows, self.identity["image_size"], pool):
-            self.last_row = time.monotonic()
+            self.last_move = time.monotonic()
             self.state.update(seen=self.state["seen"] + 1, offset=self.state["offset"] + 1, note="")
             if isinstance(result, str):
                 self.drop(name, result)
@@ -381,7 +379,7 @@ class Filler:
                 self.ready.append(result)
             if self.full():
                 break
-            if self.last_row - self.last_commit > COMMIT_SECONDS:
+            if self.last_move - self.last_commit > COMMIT_SECONDS:
                 self.commit()
         self.commit()
 
@@ -397,6 +395,7 @@ class Filler:
         self.explain = explain
         pause, seen, since = self.knobs["retry_wait"], self.state["seen"], time.monotonic()
         while True:
+            self.last_move = time.monotonic()
             try:
                 return action()
             except FillError:
@@ -418,20 +417,18 @@ class Filler:
         """Seconds to go on in the face of a fault: none for local files, few where waiting rarely helps."""
         if self.identity["kind"] != "hub":
             return 0
-        unanswered = not self.state["revision"] and getattr(fault, "response", None) is None
+        unanswered = not self.connected and getattr(fault, "response", None) is None
         return min(self.knobs["patience"], BRIEFLY if unanswered or is_definite(fault) else float("inf"))
 
     def cannot_connect(self, fault):
         if getattr(fault, "response", None) is None:
             problem, remedy = "The Hub cannot be reached", "check the network"
         elif is_definite(fault):
-            problem, remedy = (
-                f"The Hub has no public data set {self.name!r} (or not that revision)",
-                "check the name",
-            )
+            problem = f"{self.name} is no folder here, and no public data set (or not of that revision) on the Hub"
+            remedy = "check the name"
         else:
             problem, remedy = "The Hub does not answer as it should", "try again later"
-        return f'{problem} ({brief(fault)}); {remedy}, or pass source="samples" for the pictures that come with this project.'
+        return f'{problem} ({brief(fault)}); {remedy}, or pass source="samples" for the pictures that come along.'
 
     def lost(self, source, index, fault):
         """The sentence for a shard that stays unreadable."""
@@ -462,7 +459,7 @@ class Filler:
             self.commit()
             counts = ", ".join(f"{count} {reason}" for reason, count in self.state["dropped"].items())
             raise FillError(
-                f"{bad} of the first {seen} rows of {self.identity['source']} are no usable pictures ({counts}; "
+                f"{bad} of the first {seen} rows of {self.name} are no usable pictures ({counts}; "
                 f"for example {'; '.join(self.state['examples'])}); mend the source, or pass max_bad={bad / seen:.2g} "
                 "or more to leave them out."
             )
@@ -470,22 +467,20 @@ class Filler:
     def commit(self):
         """Put the decoded rows on the disk, then the state that counts them."""
         pixels = memoryview(b"".join(row.tobytes() for row in self.ready))
+        rows = self.state["rows"] + len(self.ready)
         try:
             while pixels:
                 pixels = pixels[self.file.write(pixels) :]
             os.fsync(self.file.fileno())
-            self.state["rows"] += len(self.ready)
-            self.ready = []
-            replace_file(self.folder / "state.json", json.dumps(self.state))
+            replace_file(self.folder / "state.json", json.dumps({**self.state, "rows": rows}))
         except OSError as fault:
-            if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise FillError(
-                    f"{self.folder} cannot be written ({fault.strerror}); pass another cache_dir."
-                ) from fault
-            raise FillError(
-                f"The disk is full: {self.folder} holds {self.state['rows']} rows of {row_bytes(self.identity)} bytes and "
-                "takes no more; free some space, or pass a cache_dir on a larger disk or max_images."
-            ) from fault
+            if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                problem = f"The disk is full: {self.folder} takes no more than {self.state['rows']} rows"
+                remedy = "free some space, or pass max_images or a cache_dir on a larger disk"
+            else:
+                problem, remedy = f"{self.folder} cannot be written ({fault.strerror})", "pass another cache_dir"
+            raise FillError(f"{problem}; {remedy}.") from fault
+        self.state["rows"], self.ready = rows, []
         self.last_commit = time.monotonic()
 
 
@@ -503,7 +498,7 @@ def watch(filler, parent):
     """End this process when its parent is gone, or when nothing moves and no timeout fires; the state stays whole."""
     limit = 2 * (filler.knobs["patience"] + filler.knobs["timeout"])
     while os.getppid() == parent:
-        if filler.last_row and time.monotonic() - filler.last_row > limit:
+        if filler.last_move and time.monotonic() - filler.last_move > limit:
             finish(filler.explain(TimeoutError(f"no row for {limit:.0f} s")))
         time.sleep(0.2)
     os._exit(1)

@@ -245,7 +245,7 @@ def test_another_size_seed_or_content_is_another_cache(opened, tmp_path):
 def test_max_images_takes_a_fair_sample(opened, tmp_path):
     folder = folder_of(tmp_path / "pictures", 60)
     some = opened(folder, max_images=20).wait()
-    assert len(some) == 20
+    assert len(some) == some.report["seen"] == 20
     assert some.complete
     whole = opened(folder).wait()
     assert numbers(some.images) == numbers(whole.images)[:20]
@@ -316,21 +316,23 @@ def test_a_plain_script_needs_no_main_guard(tmp_path):
 
 
 def test_a_full_disk_is_a_clear_error_and_the_cache_stays_readable(opened, tmp_path):
-    """The filler inherits a limit on the size of files, so the kernel refuses its writes at 50 rows and a half."""
-    folder = folder_of(tmp_path / "pictures", 80)
+    """The second filler inherits a limit on the size of files, so that the kernel refuses its writes."""
+    folder = folder_of(tmp_path / "pictures", 300, side=600)
+    before = opened(folder).wait(20)
+    before.close()
+    kept = numbers(before.images)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50 * 3 * 64 * 64 + 5000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((len(kept) + 2) * 3 * 16 * 16 + 100, limits[1]))
     try:
-        cache = opened(folder, image_size=64)
+        cache = opened(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with pytest.raises(DataError, match="The disk is full: .* free some space, or pass a cache_dir"):
+    with pytest.raises(DataError, match=f"The disk is full: .* no more than {len(kept)} rows; free some space"):
         cache.wait()
-    kept = numbers(cache.images)
-    assert len(kept) == len(cache) <= 50
-    whole = opened(folder, image_size=64).wait()
+    assert numbers(cache.images) == kept
+    whole = opened(folder).wait()
     assert numbers(whole.images)[: len(kept)] == kept
-    assert sorted(numbers(whole.images)) == list(range(80))
+    assert sorted(numbers(whole.images)) == list(range(300))
 
 
 # ---- batches ----
