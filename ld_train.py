@@ -32,7 +32,7 @@ def train(trainer, cache, settings, open_cache=None):
     for the first stage; open_cache(image_size) opens those of later stages. SIGINT and SIGTERM end the loop after the
     current step and a checkpoint; SIGTERM is then obeyed. Raises Diverged, and ValueError for a run_dir of another run.
     """
-    open_cache = open_cache or (lambda size: open_images(settings.source, size, seed=settings.seed))
+    open_cache = open_cache or (lambda size: open_images(settings.source, size))
     run = Run(trainer, cache, settings, open_cache)
     with Signals() as signals, Screen(run) as screen:
         run.say = trainer.say = screen.say
