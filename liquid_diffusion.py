@@ -13,6 +13,7 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -128,6 +129,13 @@ class LiquidRelaxation(nn.Module):
     def alpha(self, t):
         return torch.exp(-F.softplus(self.rho) * t.abs()[:, None])[:, :, None, None]  # [B, C, 1, 1]
 
+    def shares(self, t):
+        """Factors [B, C] of cfc, x and normed in the sum; None is 1 for x and 0 for normed."""
+        if self.form == "off":
+            return t.new_ones(len(t), len(self.rho)), None, None
+        alpha = self.alpha(t)[:, :, 0, 0]  # [B, C]
+        return 1 - alpha, alpha if self.form == "only" else None, alpha if self.form == "spec" else None
+
     def forward(self, x, normed, cfc, t):
         if self.form == "off":
             return x + cfc
@@ -175,12 +183,238 @@ class LiquidDiffusionBlock(nn.Module):
         self.mix = MultiScaleSpatialMix(channels, t_dim)
         self.norm_ff = AdaLN(channels, t_dim)
         self.ff = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, channels, 1))
+        self.lean = False  # True: lean_block, the same function
 
     def forward(self, x, t, t_emb):
+        if self.lean:
+            return lean_block(self, x, t, t_emb)
         normed = self.norm_cfc(x, t_emb)
         x = self.relaxation(x, normed, self.cfc(normed, t_emb), t)
         x = x + self.mix(x, t_emb)
         return x + self.ff(self.norm_ff(x, t_emb))
+
+
+def wide(x):
+    """At least float32, for sums and for factors per channel."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_channel(v):
+    """[B, C] -> [B, C, 1, 1], one value per picture and channel."""
+    return v[:, :, None, None]
+
+
+def pixel_sum(x, y=None):
+    """Sum of x, or of x * y, over the pixels: [B, C, H, W] -> [B, C]."""
+    return (wide(x) if y is None else wide(x) * y).sum((2, 3))
+
+
+def group_mean(v):
+    """Each of v's channels [B, C] replaced by the mean over its group."""
+    groups = v.unflatten(1, (GROUPS, -1))  # [B, G, C / G]
+    return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)  # [B, C]
+
+
+def statistics(x, eps=1e-5):
+    """Per channel [B, C]: its mean over the pixels, and the mean and 1 / deviation of its group."""
+    mean, power = pixel_sum(x) / x[0, 0].numel(), pixel_sum(x, x) / x[0, 0].numel()
+    center = group_mean(mean)
+    return mean, center, (group_mean(power) - center * center).clamp_min(0).add(eps).rsqrt()
+
+
+def affine(x, slope, offset):
+    """x * slope + offset in the dtype of x; slope and offset [B, C]."""
+    return torch.addcmul(per_channel(offset), x, per_channel(slope)).to(x.dtype)
+
+
+def normalise(x, center, rstd, scale, shift):
+    """GroupNorm(x) * scale + shift, by the statistics of x."""
+    return affine(x, rstd * scale, shift - center * rstd * scale)
+
+
+def normalise_backward(grad, x, center, rstd, scale):
+    """Gradients of normalise by x, scale and shift, from grad, the one by its result."""
+    pixels = x[0, 0].numel()
+    d_shift = pixel_sum(grad)  # [B, C]
+    d_scale = rstd * (pixel_sum(grad, x) - center * d_shift)  # [B, C]
+    slope = -rstd * rstd * group_mean(scale * d_scale) / pixels
+    offset = -rstd * group_mean(scale * d_shift) / pixels - slope * center
+    dx = torch.addcmul(per_channel(offset), x, per_channel(slope)).addcmul_(grad, per_channel(rstd * scale))
+    return dx.to(x.dtype), d_scale, d_shift
+
+
+def conv(x, weight, bias):
+    """A convolution that keeps H and W, depthwise if weight is [C, 1, k, k]."""
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1] // weight.shape[1])
+
+
+def conv_gradients(grad, x, weight, padding, mask):
+    groups = x.shape[1] // weight.shape[1]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), padding, (1, 1), False, (0, 0), groups, (*mask, False)
+    )
+
+
+def conv_backward(grad, x, weight):
+    """Gradients of conv by x, weight and bias, from grad, the one by its result."""
+    size = weight.shape[-1]
+    split = size > 3 and weight.shape[1] < x.shape[1] and x.device.type == "cpu"
+    dx, dw, _ = conv_gradients(grad, x, weight, (size // 2, size // 2), (True, not split))
+    return dx, by_columns(grad, x, weight) if split else dw, wide(grad).sum((0, 2, 3))
+
+
+def by_columns(grad, x, weight):
+    """Weight gradient of a large depthwise kernel, three columns at a time: on CPUs oneDNN is six times faster at those."""
+    size, width = weight.shape[-1], x.shape[-1]
+    x = F.pad(x, (size // 2, size // 2))
+    parts = [weight[..., first : first + 3] for first in range(0, size, 3)]
+    shifted = [x[..., 3 * i : 3 * i + width + part.shape[-1] - 1] for i, part in enumerate(parts)]
+    return torch.cat(
+        [conv_gradients(grad, s, p, (size // 2, 0), (False, True))[1] for s, p in zip(shifted, parts)], dim=3
+    )
+
+
+silu_backward, sigmoid_backward = torch.ops.aten.silu_backward, torch.ops.aten.sigmoid_backward
+
+
+def weights_of(*convolutions, dtype):
+    """Weight and bias of each, in dtype."""
+    return [p.to(dtype) for convolution in convolutions for p in (convolution.weight, convolution.bias)]
+
+
+def liquid_heads(z, u, v, a, b, wf, bf, wg, bg, wh, bh):
+    """f, g, h and the gate, from z and from what goes into the SiLUs of g and h."""
+    f, g, h = conv(z, wf, bf), conv(F.silu(u), wg, bg), conv(F.silu(v), wh, bh)  # [B, C, H, W]
+    return f, g, h, affine(f, a, -b).sigmoid_()
+
+
+class LeanCell(torch.autograd.Function):
+    """LiquidRelaxation(x, n, ParallelCfC(n)) with n = AdaLN(x); scale to extra are [B, C], the rest weights and biases."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, a, b, rate, stay, extra, w7, b7, w1, b1, wu, bu, wv, bv, *heads):
+        _, center, rstd = statistics(x)
+        n = normalise(x, center, rstd, scale, shift)
+        p = conv(conv(n, w7, b7), w1, b1)  # [B, C/2, H, W]
+        z = F.silu(p)
+        u, v = conv(z, wu, bu), conv(z, wv, bv)
+        _, g, h, gate = liquid_heads(z, u, v, a, b, *heads)
+        small = (center, rstd, scale, shift, a, b, rate, stay, extra)
+        ctx.save_for_backward(x, p, u, v, *small, w7, b7, w1, wu, wv, *heads)
+        out = x if stay is None else x * per_channel(stay)
+        out = out if extra is None else torch.addcmul(out, n, per_channel(extra))
+        return torch.addcmul(out, torch.lerp(h, g, gate), per_channel(rate)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return liquid_cell_backward(grad, *ctx.saved_tensors)
+
+
+def liquid_cell_backward(
+    grad, x, p, u, v, center, rstd, scale, shift, a, b, rate, stay, extra, w7, b7, w1, wu, wv, wf, bf, wg, bg, wh, bh
+):
+    """Gradients of LeanCell by each of its inputs."""
+    n, z = normalise(x, center, rstd, scale, shift), F.silu(p)
+    f, g, h, gate = liquid_heads(z, u, v, a, b, wf, bf, wg, bg, wh, bh)
+    d_cfc = (grad * per_channel(rate)).to(x.dtype)
+    d_rate = pixel_sum(grad, torch.lerp(h, g, gate))
+    d_pre = sigmoid_backward(d_cfc * g.sub_(h), gate)  # by a f - b
+    d_a, d_b = pixel_sum(d_pre, f), -pixel_sum(d_pre)
+    dz, *d_f = conv_backward((d_pre * per_channel(a)).to(x.dtype), z, wf)
+    d_g = d_cfc * gate
+    du, *d_wg = conv_backward(d_g, F.silu(u), wg)
+    dv, *d_wh = conv_backward(d_cfc.sub_(d_g), F.silu(v), wh)
+    dz_u, *d_wu = conv_backward(silu_backward(du, u), z, wu)
+    dz_v, *d_wv = conv_backward(silu_backward(dv, v), z, wv)
+    dd, *d_w1 = conv_backward(silu_backward(dz.add_(dz_u).add_(dz_v), p), conv(n, w7, b7), w1)
+    dn, *d_w7 = conv_backward(dd, n, w7)
+    d_extra = d_stay = None
+    if extra is not None:
+        d_extra, dn = pixel_sum(grad, n), torch.addcmul(dn, grad, per_channel(extra)).to(x.dtype)
+    dx, d_scale, d_shift = normalise_backward(dn, x, center, rstd, scale)
+    if stay is not None:
+        d_stay, grad = pixel_sum(grad, x), (grad * per_channel(stay)).to(x.dtype)
+    small = (d_scale, d_shift, d_a, d_b, d_rate, d_stay, d_extra)
+    return dx.add_(grad), *small, *d_w7, *d_w1, *d_wu, *d_wv, *d_f, *d_wg, *d_wh
+
+
+class LeanMix(torch.autograd.Function):
+    """x + MultiScaleSpatialMix(x), by its merged kernel w7, b7; norm [C] and scale, shift [B, C] as in normalise."""
+
+    @staticmethod
+    def forward(ctx, x, norm_scale, norm_shift, pool, scale, shift, w7, b7, w1, b1):
+        mean, center, rstd = statistics(x)
+        level = (mean - center) * rstd * norm_scale + norm_shift  # [B, C], mean of the normalised map
+        m = conv(normalise(x, center, rstd, norm_scale, norm_shift), w7, b7)
+        shift = shift + pool * level * scale
+        ctx.save_for_backward(x, m, mean, center, rstd, norm_scale, norm_shift, level, pool, scale, shift, w7, w1)
+        return conv(F.silu(affine(m, scale, shift)), w1, b1).add_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, m, mean, center, rstd, norm_scale, norm_shift, level, pool, scale, shift, w7, w1 = ctx.saved_tensors
+        modulated = affine(m, scale, shift)
+        ds, *d_w1 = conv_backward(grad, F.silu(modulated), w1)
+        d_mod = silu_backward(ds, modulated)
+        d_shift = pixel_sum(d_mod)
+        d_scale = pixel_sum(d_mod, m) + d_shift * pool * level
+        dm = (d_mod * per_channel(scale)).to(x.dtype)
+        dn, *d_w7 = conv_backward(dm, normalise(x, center, rstd, norm_scale, norm_shift), w7)
+        dn = (dn + per_channel(d_shift * scale * pool / x[0, 0].numel())).to(x.dtype)
+        dx, d_norm_scale, d_norm_shift = normalise_backward(dn, x, center, rstd, norm_scale)
+        d_pool = (d_shift * scale * level).sum(0)
+        return dx.add_(grad), d_norm_scale.sum(0), d_norm_shift.sum(0), d_pool, d_scale, d_shift, *d_w7, *d_w1
+
+
+class LeanFeedForward(torch.autograd.Function):
+    """x + ff(AdaLN(x)); scale, shift [B, C]."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, w1, b1, w2, b2):
+        _, center, rstd = statistics(x)
+        hidden = conv(normalise(x, center, rstd, scale, shift), w1, b1)  # [B, 2.5 C, H, W]
+        ctx.save_for_backward(x, hidden, center, rstd, scale, shift, w1, w2)
+        return conv(F.silu(hidden), w2, b2).add_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, hidden, center, rstd, scale, shift, w1, w2 = ctx.saved_tensors
+        ds, *d_w2 = conv_backward(grad, F.silu(hidden), w2)
+        dn, *d_w1 = conv_backward(silu_backward(ds, hidden), normalise(x, center, rstd, scale, shift), w1)
+        dx, d_scale, d_shift = normalise_backward(dn, x, center, rstd, scale)
+        return dx.add_(grad), d_scale, d_shift, *d_w1, *d_w2
+
+
+def lean_block(block, x, t, t_emb):
+    """What LiquidDiffusionBlock.forward computes by the formulas; half-precision autocast holds for the whole block."""
+    device, cell, mix = x.device.type, block.cfc, block.mix
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    factors = [
+        wide(modulation.linear(t_emb)).chunk(2, dim=1) for modulation in (block.norm_cfc, mix.modulation, block.norm_ff)
+    ]
+    (cell_scale, cell_shift), (mix_scale, mix_shift), (ff_scale, ff_shift) = (
+        (1 + scale, shift) for scale, shift in factors
+    )
+    a, b = wide(cell.time_a(t_emb)), wide(cell.time_b(t_emb))  # [B, C]
+    with torch.autocast(device, enabled=False):
+        rate, stay, extra = block.relaxation.shares(t)
+        weights = weights_of(
+            cell.spatial, cell.backbone[0], cell.g[0], cell.h[0], cell.f, cell.g[2], cell.h[2], dtype=dtype
+        )
+        x = LeanCell.apply(x.to(dtype), cell_scale, cell_shift, a, b, rate, stay, extra, *weights)
+        weights = [p.to(dtype) for p in mix.merged_kernel()] + weights_of(mix.project, dtype=dtype)
+        x = LeanMix.apply(x, mix.norm.weight, mix.norm.bias, mix.pool_weight, mix_scale, mix_shift, *weights)
+        return LeanFeedForward.apply(x, ff_scale, ff_shift, *weights_of(block.ff[0], block.ff[2], dtype=dtype))
+
+
+def set_lean(model, on=True):
+    """Compute the blocks of model by lean_block, or by the formulas: the same function."""
+    for module in model.modules():
+        if isinstance(module, LiquidDiffusionBlock):
+            module.lean = on
 
 
 class DownSample(nn.Conv2d):
@@ -300,7 +534,7 @@ class LiquidDiffusion(nn.Module):
     H and W must be multiples of 2 ** (stages - 1), else ValueError. LiquidDiffusion(**model.config) builds it again.
     """
 
-    def __init__(self, channels, blocks, t_dim=None, in_channels=3, gradient_checkpointing=False, **options):
+    def __init__(self, channels, blocks, t_dim=None, in_channels=3, gradient_checkpointing=False, lean=True, **options):
         super().__init__()
         channels, blocks, t_dim = list(channels), list(blocks), t_dim or channels[0]
         check_architecture(channels, blocks, t_dim, in_channels)
@@ -316,6 +550,7 @@ class LiquidDiffusion(nn.Module):
         self.decoder = Decoder(channels[::-1], blocks[::-1], t_dim, **options)
         self.out = nn.Sequential(nn.GroupNorm(GROUPS, first), nn.SiLU(), nn.Conv2d(first, in_channels, 3, padding=1))
         set_gradient_checkpointing(self, gradient_checkpointing)
+        set_lean(self, lean)
 
     def forward(self, x, t):
         check_input(x, t, self.in_channels, self.multiple)
