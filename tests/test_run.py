@@ -44,7 +44,9 @@ def test_a_failing_cell_is_reported_and_what_ran_before_is_kept(tmp_path):
 
 
 def make(*arguments, cwd):
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+    """Run make as from a fresh shell, even where make itself started the tests."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LD_", "MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
