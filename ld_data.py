@@ -21,6 +21,7 @@ import time
 import warnings
 import weakref
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from ld_decode import to_8bit
 from ld_utils import from_uint8
 
 FORMAT = 1  # of a cache on disk; a change of decoding or layout raises it, and old caches are then filled anew
+LOOK_SECONDS = 0.05  # `batch` looks for new rows this often; each look costs two system calls
 SAMPLES = Path(__file__).resolve().parent / "sample_data"
 
 
@@ -177,7 +179,8 @@ class ImageCache:
         self._knobs, self._state, self._stamp, self._process, self._failed = knobs, {}, None, None, None
         self._images = np.empty((0, 3, identity["image_size"], identity["image_size"]), np.uint8)
         self._generator = torch.Generator().manual_seed(identity["seed"])
-        self._ahead, self._thread = (None, None), ThreadPoolExecutor(1)  # rows of a coming batch, and who gathers it
+        self._ahead = _LookAhead()
+        self._looked = -LOOK_SECONDS  # when `batch` last asked for new rows and for the filler's health
         folder.mkdir(parents=True, exist_ok=True)
         if not self.complete:
             self._start_filler()
@@ -290,20 +293,19 @@ class ImageCache:
 
         Rows are drawn with replacement, so a batch is a function of the generator's state and of the number of rows
         alone: once the cache is complete, a run that restores its `torch.Generator` (on the CPU; default one seeded
-        with `seed`) goes on with exactly the batches that it would have seen. The next batch is gathered while the
-        caller works on this one; a generator that serves nothing else lets that guess come true. Raises `DataError`
-        where the filler failed, or where there are no rows yet.
+        with `seed`) goes on with exactly the batches that it would have seen. Coming batches are gathered while the
+        caller works on this one, which pays where the generator serves nothing else. Raises `DataError` where the
+        filler failed, or where there are no rows yet.
         """
-        images, generator = self.images, generator or self._generator
-        self._has_failed()
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._refresh()
+            self._has_failed()
+            self._looked = time.monotonic()
+        images, generator = self._images, generator or self._generator
         if not len(images):
             raise DataError("The cache has no rows yet; call cache.wait(1) or more before cache.batch().")
         index = torch.randint(len(images), (batch_size,), generator=generator)  # [B]
-        guess, gathering = self._ahead
-        batch = gathering.result() if guess is not None and torch.equal(guess, index) else _gather(images, index)
-        guess = torch.randint(len(images), (batch_size,), generator=generator.clone_state())  # [B]
-        self._ahead = guess, self._thread.submit(_gather, images, guess)
-        return batch
+        return self._ahead.take(images, index, generator)  # [B, 3, H, W]
 
     def close(self):
         """Stop the filler; the rows so far stay on disk and readable, and the next `open_images` goes on from there."""
@@ -318,10 +320,41 @@ class ImageCache:
         self.close()
 
 
+class _LookAhead:
+    """Gathers in a thread what a generator is about to draw; a wrong guess costs time, never the right rows.
+
+    Each guess comes from a copy of the generator that runs ahead. The more guesses in a row come true, the more
+    batches are gathered at a time, because waking a thread takes as long as gathering a batch.
+    """
+
+    MOST = 8 << 20  # bytes gathered at a time
+
+    def __init__(self):
+        self.queue = deque()  # (indices [B], future of a block [K, B, 3, H, W], position in the block)
+        self.thread = ThreadPoolExecutor(1)
+
+    def take(self, images, index, generator):
+        """Rows `index` [B], just drawn from `generator` below len(images): uint8 [B, 3, H, W]."""
+        if self.queue and torch.equal(self.queue[0][0], index):
+            _, block, position = self.queue.popleft()
+            batch = block.result()[position]
+        else:
+            self.queue.clear()
+            self.copy, self.count = generator.clone_state(), 1
+            batch = _gather(images, index)
+        if len(self.queue) <= self.count // 2:
+            self.count = min(2 * self.count, max(1, self.MOST // max(1, batch.nbytes)))
+            guesses = [torch.randint(len(images), index.shape, generator=self.copy) for _ in range(self.count)]
+            block = self.thread.submit(_gather, images, torch.stack(guesses))
+            self.queue.extend((guess, block, position) for position, guess in enumerate(guesses))
+        return batch
+
+
 def _gather(images, index):
-    """Rows of a memory map -> a tensor of their own, pinned if there is a GPU."""
-    batch = torch.empty((len(index), *images.shape[1:]), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    np.take(images, index.numpy(), axis=0, out=batch.numpy(), mode="clip")  # [B, 3, H, W]
+    """Rows of a memory map, index of any shape -> a tensor of their own [*index.shape, 3, H, W], pinned for a GPU."""
+    shape = (*index.shape, *images.shape[1:])
+    batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    np.take(images, index.numpy(), axis=0, out=batch.numpy(), mode="clip")
     return batch
 
 

@@ -383,6 +383,23 @@ def test_a_restored_generator_goes_on_with_the_same_batches(opened, tmp_path):
     assert batches(opened(folder), resumed) == expected
 
 
+def test_batches_are_what_the_generator_draws_whatever_was_gathered_ahead(opened, tmp_path):
+    """While the cache grows, with changing batch sizes, two generators in turn, and one of them used for more."""
+    cache = opened(folder_of(tmp_path / "pictures", 300, side=600)).wait(10)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    while not cache.complete:
+        for step in range(60):
+            generator = generators[step // 10 % 2]
+            size, plain = (8, 4)[step // 30], generator.clone_state()
+            before = len(cache)
+            batch = cache.batch(size, generator=generator)
+            if before == len(cache):  # else the draw may have been from more rows
+                index = torch.randint(before, (size,), generator=plain)
+                np.testing.assert_array_equal(batch.numpy(), cache.images[index.numpy()])
+            if step % 7 == 0:
+                torch.rand(3, generator=generator)
+
+
 def test_without_a_generator_the_seed_decides(opened, tmp_path):
     folder = folder_of(tmp_path / "pictures", 60)
     assert batches(opened(folder).wait(), None) == batches(opened(folder), None)
