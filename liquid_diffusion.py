@@ -210,16 +210,16 @@ def pixel_sum(x, y=None):
 
 
 def group_mean(v):
-    """Each of v's channels [B, C] replaced by the mean over its group."""
-    groups = v.unflatten(1, (GROUPS, -1))  # [B, G, C / G]
-    return groups.mean(2, keepdim=True).expand_as(groups).flatten(1)  # [B, C]
+    """Each of v's channels [..., C] replaced by the mean over its group."""
+    groups = v.unflatten(-1, (GROUPS, -1))  # [..., G, C / G]
+    return groups.mean(-1, keepdim=True).expand_as(groups).flatten(-2)  # [..., C]
 
 
 def statistics(x, eps=1e-5):
     """Per channel [B, C]: its mean over the pixels, and the mean and 1 / deviation of its group."""
-    mean, power = pixel_sum(x) / x[0, 0].numel(), pixel_sum(x, x) / x[0, 0].numel()
-    center = group_mean(mean)
-    return mean, center, (group_mean(power) - center * center).clamp_min(0).add(eps).rsqrt()
+    moments = torch.stack([pixel_sum(x), pixel_sum(x, x)]) / x[0, 0].numel()  # [2, B, C]
+    center, power = group_mean(moments)
+    return moments[0], center, (power - center * center).clamp_min(0).add(eps).rsqrt()
 
 
 def affine(x, slope, offset):
@@ -237,8 +237,9 @@ def normalise_backward(grad, x, center, rstd, scale):
     pixels = x[0, 0].numel()
     d_shift = pixel_sum(grad)  # [B, C]
     d_scale = rstd * (pixel_sum(grad, x) - center * d_shift)  # [B, C]
-    slope = -rstd * rstd * group_mean(scale * d_scale) / pixels
-    offset = -rstd * group_mean(scale * d_shift) / pixels - slope * center
+    pulls = group_mean(torch.stack([scale * d_scale, scale * d_shift])) * (rstd / -pixels)  # [2, B, C]
+    slope = pulls[0] * rstd
+    offset = pulls[1] - slope * center
     dx = torch.addcmul(per_channel(offset), x, per_channel(slope)).addcmul_(grad, per_channel(rstd * scale))
     return dx.to(x.dtype), d_scale, d_shift
 
@@ -295,12 +296,12 @@ class LeanCell(torch.autograd.Function):
     def forward(ctx, x, scale, shift, a, b, rate, stay, extra, w7, b7, w1, b1, wu, bu, wv, bv, *heads):
         _, center, rstd = statistics(x)
         n = normalise(x, center, rstd, scale, shift)
-        p = conv(conv(n, w7, b7), w1, b1)  # [B, C/2, H, W]
+        d = conv(n, w7, b7)
+        p = conv(d, w1, b1)  # [B, C/2, H, W]
         z = F.silu(p)
-        u, v = conv(z, wu, bu), conv(z, wv, bv)
-        _, g, h, gate = liquid_heads(z, u, v, a, b, *heads)
+        _, g, h, gate = liquid_heads(z, conv(z, wu, bu), conv(z, wv, bv), a, b, *heads)
         small = (center, rstd, scale, shift, a, b, rate, stay, extra)
-        ctx.save_for_backward(x, p, u, v, *small, w7, b7, w1, wu, wv, *heads)
+        ctx.save_for_backward(x, d, p, *small, w7, w1, wu, bu, wv, bv, *heads)
         out = x if stay is None else x * per_channel(stay)
         out = out if extra is None else torch.addcmul(out, n, per_channel(extra))
         return torch.addcmul(out, torch.lerp(h, g, gate), per_channel(rate)).to(x.dtype)
@@ -312,10 +313,11 @@ class LeanCell(torch.autograd.Function):
 
 
 def liquid_cell_backward(
-    grad, x, p, u, v, center, rstd, scale, shift, a, b, rate, stay, extra, w7, b7, w1, wu, wv, wf, bf, wg, bg, wh, bh
+    grad, x, d, p, center, rstd, scale, shift, a, b, rate, stay, extra, w7, w1, wu, bu, wv, bv, wf, bf, wg, bg, wh, bh
 ):
     """Gradients of LeanCell by each of its inputs."""
     n, z = normalise(x, center, rstd, scale, shift), F.silu(p)
+    u, v = conv(z, wu, bu), conv(z, wv, bv)
     f, g, h, gate = liquid_heads(z, u, v, a, b, wf, bf, wg, bg, wh, bh)
     d_cfc = (grad * per_channel(rate)).to(x.dtype)
     d_rate = pixel_sum(grad, torch.lerp(h, g, gate))
@@ -327,7 +329,7 @@ def liquid_cell_backward(
     dv, *d_wh = conv_backward(d_cfc.sub_(d_g), F.silu(v), wh)
     dz_u, *d_wu = conv_backward(silu_backward(du, u), z, wu)
     dz_v, *d_wv = conv_backward(silu_backward(dv, v), z, wv)
-    dd, *d_w1 = conv_backward(silu_backward(dz.add_(dz_u).add_(dz_v), p), conv(n, w7, b7), w1)
+    dd, *d_w1 = conv_backward(silu_backward(dz.add_(dz_u).add_(dz_v), p), d, w1)
     dn, *d_w7 = conv_backward(dd, n, w7)
     d_extra = d_stay = None
     if extra is not None:
@@ -1072,6 +1074,8 @@ def model_from(config, weights):
 
     ValueError, one sentence, before memory is taken, if the config is not one or the weights are not its network's.
     """
+    if not isinstance(config, dict):
+        raise ValueError("The file's config is no list of names and values; do not use it.")
     for name, value in config.items():
         if not moderate(value):
             raise ValueError(
