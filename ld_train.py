@@ -42,9 +42,8 @@ def train(trainer, cache, settings, open_cache=None):
             run.step()
             screen.refresh()
             run.keep()
-        run.collect()
         if run.seen > started:
-            run.save(wait=True)
+            run.finish()
         if signals.received:
             screen.say(f"Stopped by {signals.name} after step {run.seen:,}; saved, and run again goes on from here.")
         if signals.received != signal.SIGTERM:
@@ -162,16 +161,29 @@ class Run:
         if self.clock.save_due() and not self.keeper.busy:
             self.save()
 
-    def save(self, wait=False):
-        """Hand a checkpoint to the keeper, unless the last step was a bad one or the weights are; best: by the mean loss."""
+    def save(self):
+        """Hand a checkpoint to the keeper, unless the last step was a bad one or the weights are; best: by mean loss."""
         state = self.state()
-        if all_finite([*state["model"].values(), *state["ema"].values()]) and state["counts"]["skipped_in_a_row"] == 0:
-            best = self.recent() < self.best
-            self.best = state["run"]["best"] = min(self.best, self.recent())
-            self.keeper.save(state, best)
-            if wait:
-                self.keeper.wait()
+        if state["counts"]["skipped_in_a_row"] == 0 and sound(state):
+            self.hand_over(state)
         self.clock.saved()
+        self.tell()
+
+    def hand_over(self, state):
+        """Let the keeper write a good state, as the best too if its mean loss is the lowest."""
+        best = self.recent() < self.best
+        self.best = state["run"]["best"] = min(self.best, self.recent())
+        self.keeper.save(state, best)
+
+    def finish(self):
+        """The last checkpoint; weights that are not finite are not kept but replaced by those of the one before."""
+        state = self.state()
+        if sound(state):
+            self.hand_over(state)
+            self.keeper.wait()
+        else:
+            self.go_back()
+            self.say(f"The last weights are not finite; those of step {self.seen:,} are back.")
         self.tell()
 
     def tell(self):
@@ -221,16 +233,10 @@ class Run:
 
     def recover(self):
         """Go back to the last good checkpoint with half the learning rate; the second time, go back and raise Diverged."""
-        update = self.trainer.update
-        rate, seen = update.lr_scale / 2, self.seen
-        what = f"{update.skipped_in_a_row} steps in a row, up to step {seen:,}, had a gradient that is not finite"
-        again, self.halved = self.halved, True
-        self.keeper.wait()
-        state = self.keeper.load_newest()
-        self.tell()
-        if state is None:
-            raise Diverged(f"{what}, and there is no checkpoint to go back to; lower the learning rate.")
-        self.load(state)
+        update, again = self.trainer.update, self.halved
+        rate = update.lr_scale / 2
+        what = f"{update.skipped_in_a_row} steps in a row, up to step {self.seen:,}, had a gradient that is not finite"
+        self.go_back()
         if again:
             raise Diverged(
                 f"{what}, a second time after the learning rate was halved; the weights of step {self.seen:,} are back. "
@@ -238,6 +244,20 @@ class Run:
             )
         update.lr_scale, self.halved = rate, True
         self.say(f"{what}: back to step {self.seen:,} with half the learning rate.")
+
+    def go_back(self):
+        """Take over the last good checkpoint; Diverged if there is none."""
+        self.keeper.wait()
+        state = self.keeper.load_newest()
+        self.tell()
+        if state is None:
+            raise Diverged("The numbers are not finite and there is no checkpoint to go back to; lower the learning rate.")
+        self.load(state)
+
+
+def sound(state):
+    """True if all weights in a checkpoint are finite, the newest and the averaged."""
+    return all_finite([*state["model"].values(), *state["ema"].values()])
 
 
 def check_same_run(saved, settings):
