@@ -337,11 +337,11 @@ class _LookAhead:
         """Rows `index` [B], just drawn from `generator` below len(images): uint8 [B, 3, H, W]."""
         if self.queue and torch.equal(self.queue[0][0], index):
             _, block, position = self.queue.popleft()
-            batch = block.result()[position]
         else:
             self.queue.clear()
-            self.copy, self.count = generator.clone_state(), 1
-            batch = _gather(images, index)
+            self.copy, self.count, block = generator.clone_state(), 1, None
+        late = block is None or not block.done()  # on a busy machine the thread may come too late to be waited for
+        batch = _gather(images, index) if late else block.result()[position]
         if len(self.queue) <= self.count // 2:
             self.count = min(2 * self.count, max(1, self.MOST // max(1, batch.nbytes)))
             guesses = [torch.randint(len(images), index.shape, generator=self.copy) for _ in range(self.count)]

@@ -251,7 +251,9 @@ class Run:
         state = self.keeper.load_newest()
         self.tell()
         if state is None:
-            raise Diverged("The numbers are not finite and there is no checkpoint to go back to; lower the learning rate.")
+            raise Diverged(
+                "The numbers are not finite and there is no checkpoint to go back to; lower the learning rate."
+            )
         self.load(state)
 
 

@@ -80,7 +80,9 @@ def main():
             for checkpointing in (False, True):
                 options = dict(lean=lean, gradient_checkpointing=checkpointing)
                 fixed, each = counted(preset, SIZES[preset], **options)
-                name = f"{preset}, {SIZES[preset]} px, {'lean' if lean else 'formulas'}{', checkpointing' * checkpointing}"
+                name = (
+                    f"{preset}, {SIZES[preset]} px, {'lean' if lean else 'formulas'}{', checkpointing' * checkpointing}"
+                )
                 batches = {f"{budget} GiB": largest_batch(budget, fixed, each) for budget in BUDGETS}
                 rows[name] = {"fixed MiB": round(fixed / MiB), "MiB per picture": round(each / MiB, 1), **batches}
                 print(name, rows[name])

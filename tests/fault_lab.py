@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import ld_checkpoint
 from ld_data import open_images
 from ld_train import Run, train
 from ld_utils import Settings
-from liquid_diffusion import LiquidDiffusion, RectifiedFlowTrainer
+from liquid_diffusion import LiquidDiffusion, RectifiedFlowTrainer, liquid_diffusion_nano
 
 STEPS = 40
 DEADLINE = 300  # seconds for one process; it takes one or two
@@ -28,6 +29,12 @@ def small_trainer(seed=0, **options):
     torch.set_num_threads(1)  # such small layers gain nothing from two
     torch.manual_seed(seed)
     return RectifiedFlowTrainer(LiquidDiffusion(channels=(8, 16), blocks=(1, 1)), device="cpu", seed=seed, **options)
+
+
+def nano_trainer():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return RectifiedFlowTrainer(liquid_diffusion_nano(), device="cpu")
 
 
 def settings_for(run_dir, **changes):
@@ -120,7 +127,7 @@ def child(run_dir, pictures, logs, every, fault, arguments, changes):
     """One training run, start to end, telling its steps and saves as they happen."""
     Run.keep = lambda run: run.seen % every or run.save()  # by steps, not by the clock
     settings = settings_for(run_dir, **changes)
-    trainer = small_trainer()
+    trainer = small_trainer() if settings.preset == "lab" else nano_trainer()
     cache = open_pictures(pictures, settings.stages[0].image_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(logs["said"], "w", buffering=1))))
@@ -169,6 +176,11 @@ def log_saves(path):
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_after(trainer, seconds):
+    """Kill the process some seconds from now, wherever it is then."""
+    threading.Timer(seconds, kill).start()
 
 
 class DeadlyFile:

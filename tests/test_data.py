@@ -335,6 +335,17 @@ def test_a_full_disk_is_a_clear_error_and_the_cache_stays_readable(opened, tmp_p
     assert sorted(numbers(whole.images)) == list(range(300))
 
 
+def test_a_filler_killed_between_its_last_row_and_its_last_word_adds_none(opened, tmp_path):
+    folder = folder_of(tmp_path / "pictures", 60)
+    cache = opened(folder, max_images=20).wait()
+    cache.close()
+    state = cache.folder / "state.json"
+    state.write_text(state.read_text().replace('"complete": true', '"complete": false'))
+    again = opened(folder, max_images=20).wait()
+    assert again.complete
+    assert len(again) == 20
+
+
 # ---- batches ----
 
 
