@@ -53,11 +53,11 @@ def points(seed):
     return [(rows, dice.random() / 5) for rows in sorted(dice.sample(range(400), KILLS))]
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=60, pause=0.005):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(pause)
 
 
 def test_the_filler_killed_at_twenty_random_points(source, reference, tmp_path):
@@ -75,6 +75,25 @@ def test_the_filler_killed_at_twenty_random_points(source, reference, tmp_path):
     assert killed == KILLS
     with open_images(source, 16, cache_dir=tmp_path) as cache:
         np.testing.assert_array_equal(cache.wait().images, reference)
+
+
+def test_the_filler_killed_between_the_pixels_and_the_state_that_counts_them(source, reference, tmp_path):
+    torn = 0
+    for attempt in range(20):
+        options = {"image_size": 16, "cache_dir": tmp_path / str(attempt), "max_images": 150}
+        with open_images(source, **options) as cache:
+            pixels, state = cache.folder / "images.u8", cache.folder / "state.json"
+            until(lambda pixels=pixels: pixels.exists() and pixels.stat().st_size, pause=0)
+            cache._process.send_signal(signal.SIGKILL)
+            cache._process.wait()
+        if state.exists():
+            continue  # too late, it was counted already
+        torn += 1
+        with open_images(source, **options) as cache:
+            np.testing.assert_array_equal(cache.wait().images, reference[:150])
+        if torn == 3:
+            break
+    assert torn, "never killed in time"
 
 
 def gone(pid):
