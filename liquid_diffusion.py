@@ -130,10 +130,10 @@ class LiquidRelaxation(nn.Module):
         return torch.exp(-F.softplus(self.rho) * t.abs()[:, None])[:, :, None, None]  # [B, C, 1, 1]
 
     def shares(self, t):
-        """Factors [B, C] of cfc, x and normed in the sum; None is 1 for x and 0 for normed."""
+        """Factors [B, C, 1, 1] of cfc, x and normed in the sum; None is 1 for x and 0 for normed."""
         if self.form == "off":
-            return t.new_ones(len(t), len(self.rho)), None, None
-        alpha = self.alpha(t)[:, :, 0, 0]  # [B, C]
+            return t.new_ones(len(t), len(self.rho), 1, 1), None, None
+        alpha = self.alpha(t)
         return 1 - alpha, alpha if self.form == "only" else None, alpha if self.form == "spec" else None
 
     def forward(self, x, normed, cfc, t):
@@ -196,52 +196,48 @@ class LiquidDiffusionBlock(nn.Module):
 
 def wide(x):
     """At least float32, for sums and for factors per channel."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def per_channel(v):
-    """[B, C] -> [B, C, 1, 1], one value per picture and channel."""
-    return v[:, :, None, None]
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def pixel_sum(x, y=None):
-    """Sum of x, or of x * y, over the pixels: [B, C, H, W] -> [B, C]."""
-    return (wide(x) if y is None else wide(x) * y).sum((2, 3))
+    """Sum of x, or of x * y, over the pixels: [B, C, H, W] -> [B, C, 1, 1]."""
+    return (wide(x) if y is None else wide(x) * y).sum((2, 3), keepdim=True)
 
 
 def group_mean(v):
-    """Each of v's channels [..., C] replaced by the mean over its group."""
-    groups = v.unflatten(-1, (GROUPS, -1))  # [..., G, C / G]
-    return groups.mean(-1, keepdim=True).expand_as(groups).flatten(-2)  # [..., C]
-
-
-def statistics(x, eps=1e-5):
-    """Per channel [B, C]: its mean over the pixels, and the mean and 1 / deviation of its group."""
-    moments = torch.stack([pixel_sum(x), pixel_sum(x, x)]) / x[0, 0].numel()  # [2, B, C]
-    center, power = group_mean(moments)
-    return moments[0], center, (power - center * center).clamp_min(0).add(eps).rsqrt()
+    """Each of v's channels [B, C, 1, 1] replaced by the mean over its group."""
+    groups = v.unflatten(1, (GROUPS, -1))  # [B, G, C / G, 1, 1]
+    return groups.mean(2, keepdim=True).expand_as(groups).flatten(1, 2)  # [B, C, 1, 1]
 
 
 def affine(x, slope, offset):
-    """x * slope + offset in the dtype of x; slope and offset [B, C]."""
-    return torch.addcmul(per_channel(offset), x, per_channel(slope)).to(x.dtype)
+    """x * slope + offset in the dtype of x; slope and offset [B, C, 1, 1]."""
+    return torch.addcmul(offset, x, slope).to(x.dtype)
 
 
-def normalise(x, center, rstd, scale, shift):
-    """GroupNorm(x) * scale + shift, by the statistics of x."""
-    return affine(x, rstd * scale, shift - center * rstd * scale)
+def normalisation(x, scale, shift, eps=1e-5):
+    """GroupNorm(x) * scale + shift as affine(x, slope, offset): mean over pixels; mean, 1 / deviation of the group; slope, offset."""
+    moments = torch.cat([pixel_sum(x), pixel_sum(x, x)]) / x[0, 0].numel()  # [2 B, C, 1, 1]
+    center, power = group_mean(moments).chunk(2)
+    rstd = (power - center * center).clamp_min(0).add(eps).rsqrt()
+    slope = rstd * scale
+    return moments[: len(x)], center, rstd, slope, shift - center * slope
 
 
-def normalise_backward(grad, x, center, rstd, scale):
-    """Gradients of normalise by x, scale and shift, from grad, the one by its result."""
-    pixels = x[0, 0].numel()
-    d_shift = pixel_sum(grad)  # [B, C]
-    d_scale = rstd * (pixel_sum(grad, x) - center * d_shift)  # [B, C]
-    pulls = group_mean(torch.stack([scale * d_scale, scale * d_shift])) * (rstd / -pixels)  # [2, B, C]
-    slope = pulls[0] * rstd
-    offset = pulls[1] - slope * center
-    dx = torch.addcmul(per_channel(offset), x, per_channel(slope)).addcmul_(grad, per_channel(rstd * scale))
+def norm_backward(grad, x, center, rstd, slope):
+    """Gradients by x, scale and shift of GroupNorm(x) * scale + shift, from grad, the one by its result."""
+    d_shift = pixel_sum(grad)  # [B, C, 1, 1]
+    d_scale = rstd * (pixel_sum(grad, x) - center * d_shift)
+    by_mean, by_deviation = (
+        group_mean(torch.cat([d_shift, d_scale]) * slope.repeat(2, 1, 1, 1)) / -x[0, 0].numel()
+    ).chunk(2)
+    dx = torch.addcmul(by_mean - by_deviation * rstd * center, x, by_deviation * rstd).addcmul_(grad, slope)
     return dx.to(x.dtype), d_scale, d_shift
+
+
+def weights_of(*convolutions, dtype):
+    """Weight and bias of each, in dtype."""
+    return [p.to(dtype) for convolution in convolutions for p in (convolution.weight, convolution.bias)]
 
 
 def conv(x, weight, bias):
@@ -250,6 +246,7 @@ def conv(x, weight, bias):
 
 
 def conv_gradients(grad, x, weight, padding, mask):
+    """Gradients of a convolution by x and by weight, each if mask says so, else None; and None."""
     groups = x.shape[1] // weight.shape[1]
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, (1, 1), padding, (1, 1), False, (0, 0), groups, (*mask, False)
@@ -278,11 +275,6 @@ def by_columns(grad, x, weight):
 silu_backward, sigmoid_backward = torch.ops.aten.silu_backward, torch.ops.aten.sigmoid_backward
 
 
-def weights_of(*convolutions, dtype):
-    """Weight and bias of each, in dtype."""
-    return [p.to(dtype) for convolution in convolutions for p in (convolution.weight, convolution.bias)]
-
-
 def liquid_heads(z, u, v, a, b, wf, bf, wg, bg, wh, bh):
     """f, g, h and the gate, from z and from what goes into the SiLUs of g and h."""
     f, g, h = conv(z, wf, bf), conv(F.silu(u), wg, bg), conv(F.silu(v), wh, bh)  # [B, C, H, W]
@@ -290,21 +282,21 @@ def liquid_heads(z, u, v, a, b, wf, bf, wg, bg, wh, bh):
 
 
 class LeanCell(torch.autograd.Function):
-    """LiquidRelaxation(x, n, ParallelCfC(n)) with n = AdaLN(x); scale to extra are [B, C], the rest weights and biases."""
+    """LiquidRelaxation(x, n, ParallelCfC(n)) with n = AdaLN(x); scale to extra are [B, C, 1, 1], the rest weights and biases."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, a, b, rate, stay, extra, w7, b7, w1, b1, wu, bu, wv, bv, *heads):
-        _, center, rstd = statistics(x)
-        n = normalise(x, center, rstd, scale, shift)
+        _, center, rstd, slope, offset = normalisation(x, scale, shift)
+        n = affine(x, slope, offset)
         d = conv(n, w7, b7)
         p = conv(d, w1, b1)  # [B, C/2, H, W]
         z = F.silu(p)
         _, g, h, gate = liquid_heads(z, conv(z, wu, bu), conv(z, wv, bv), a, b, *heads)
-        small = (center, rstd, scale, shift, a, b, rate, stay, extra)
+        small = (center, rstd, slope, offset, a, b, rate, stay, extra)
         ctx.save_for_backward(x, d, p, *small, w7, w1, wu, bu, wv, bv, *heads)
-        out = x if stay is None else x * per_channel(stay)
-        out = out if extra is None else torch.addcmul(out, n, per_channel(extra))
-        return torch.addcmul(out, torch.lerp(h, g, gate), per_channel(rate)).to(x.dtype)
+        out = x if stay is None else x * stay
+        out = out if extra is None else torch.addcmul(out, n, extra)
+        return torch.addcmul(out, torch.lerp(h, g, gate), rate).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -313,17 +305,17 @@ class LeanCell(torch.autograd.Function):
 
 
 def liquid_cell_backward(
-    grad, x, d, p, center, rstd, scale, shift, a, b, rate, stay, extra, w7, w1, wu, bu, wv, bv, wf, bf, wg, bg, wh, bh
+    grad, x, d, p, center, rstd, slope, offset, a, b, rate, stay, extra, w7, w1, wu, bu, wv, bv, wf, bf, wg, bg, wh, bh
 ):
     """Gradients of LeanCell by each of its inputs."""
-    n, z = normalise(x, center, rstd, scale, shift), F.silu(p)
+    n, z = affine(x, slope, offset), F.silu(p)
     u, v = conv(z, wu, bu), conv(z, wv, bv)
     f, g, h, gate = liquid_heads(z, u, v, a, b, wf, bf, wg, bg, wh, bh)
-    d_cfc = (grad * per_channel(rate)).to(x.dtype)
+    d_cfc = (grad * rate).to(x.dtype)
     d_rate = pixel_sum(grad, torch.lerp(h, g, gate))
     d_pre = sigmoid_backward(d_cfc * g.sub_(h), gate)  # by a f - b
     d_a, d_b = pixel_sum(d_pre, f), -pixel_sum(d_pre)
-    dz, *d_f = conv_backward((d_pre * per_channel(a)).to(x.dtype), z, wf)
+    dz, *d_f = conv_backward((d_pre * a).to(x.dtype), z, wf)
     d_g = d_cfc * gate
     du, *d_wg = conv_backward(d_g, F.silu(u), wg)
     dv, *d_wh = conv_backward(d_cfc.sub_(d_g), F.silu(v), wh)
@@ -333,60 +325,60 @@ def liquid_cell_backward(
     dn, *d_w7 = conv_backward(dd, n, w7)
     d_extra = d_stay = None
     if extra is not None:
-        d_extra, dn = pixel_sum(grad, n), torch.addcmul(dn, grad, per_channel(extra)).to(x.dtype)
-    dx, d_scale, d_shift = normalise_backward(dn, x, center, rstd, scale)
+        d_extra, dn = pixel_sum(grad, n), torch.addcmul(dn, grad, extra).to(x.dtype)
+    dx, d_scale, d_shift = norm_backward(dn, x, center, rstd, slope)
     if stay is not None:
-        d_stay, grad = pixel_sum(grad, x), (grad * per_channel(stay)).to(x.dtype)
+        d_stay, grad = pixel_sum(grad, x), (grad * stay).to(x.dtype)
     small = (d_scale, d_shift, d_a, d_b, d_rate, d_stay, d_extra)
     return dx.add_(grad), *small, *d_w7, *d_w1, *d_wu, *d_wv, *d_f, *d_wg, *d_wh
 
 
 class LeanMix(torch.autograd.Function):
-    """x + MultiScaleSpatialMix(x), by its merged kernel w7, b7; norm [C] and scale, shift [B, C] as in normalise."""
+    """x + MultiScaleSpatialMix(x), by its merged kernel w7, b7; norm and pool [C, 1, 1], scale and shift [B, C, 1, 1]."""
 
     @staticmethod
     def forward(ctx, x, norm_scale, norm_shift, pool, scale, shift, w7, b7, w1, b1):
-        mean, center, rstd = statistics(x)
-        level = (mean - center) * rstd * norm_scale + norm_shift  # [B, C], mean of the normalised map
-        m = conv(normalise(x, center, rstd, norm_scale, norm_shift), w7, b7)
+        mean, center, rstd, slope, offset = normalisation(x, norm_scale, norm_shift)
+        level = mean * slope + offset  # mean of the normalised map
+        m = conv(affine(x, slope, offset), w7, b7)
         shift = shift + pool * level * scale
-        ctx.save_for_backward(x, m, mean, center, rstd, norm_scale, norm_shift, level, pool, scale, shift, w7, w1)
+        ctx.save_for_backward(x, m, center, rstd, slope, offset, level, pool, scale, shift, w7, w1)
         return conv(F.silu(affine(m, scale, shift)), w1, b1).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, m, mean, center, rstd, norm_scale, norm_shift, level, pool, scale, shift, w7, w1 = ctx.saved_tensors
+        x, m, center, rstd, slope, offset, level, pool, scale, shift, w7, w1 = ctx.saved_tensors
         modulated = affine(m, scale, shift)
         ds, *d_w1 = conv_backward(grad, F.silu(modulated), w1)
         d_mod = silu_backward(ds, modulated)
         d_shift = pixel_sum(d_mod)
         d_scale = pixel_sum(d_mod, m) + d_shift * pool * level
-        dm = (d_mod * per_channel(scale)).to(x.dtype)
-        dn, *d_w7 = conv_backward(dm, normalise(x, center, rstd, norm_scale, norm_shift), w7)
-        dn = (dn + per_channel(d_shift * scale * pool / x[0, 0].numel())).to(x.dtype)
-        dx, d_norm_scale, d_norm_shift = normalise_backward(dn, x, center, rstd, norm_scale)
-        d_pool = (d_shift * scale * level).sum(0)
-        return dx.add_(grad), d_norm_scale.sum(0), d_norm_shift.sum(0), d_pool, d_scale, d_shift, *d_w7, *d_w1
+        d_pooled = d_shift * scale
+        dn, *d_w7 = conv_backward((d_mod * scale).to(x.dtype), affine(x, slope, offset), w7)
+        dn = (dn + d_pooled * pool / x[0, 0].numel()).to(x.dtype)
+        dx, d_norm_scale, d_norm_shift = norm_backward(dn, x, center, rstd, slope)
+        small = (d_norm_scale.sum(0), d_norm_shift.sum(0), (d_pooled * level).sum(0), d_scale, d_shift)
+        return dx.add_(grad), *small, *d_w7, *d_w1
 
 
 class LeanFeedForward(torch.autograd.Function):
-    """x + ff(AdaLN(x)); scale, shift [B, C]."""
+    """x + ff(AdaLN(x)); scale and shift [B, C, 1, 1]."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, w1, b1, w2, b2):
-        _, center, rstd = statistics(x)
-        hidden = conv(normalise(x, center, rstd, scale, shift), w1, b1)  # [B, 2.5 C, H, W]
-        ctx.save_for_backward(x, hidden, center, rstd, scale, shift, w1, w2)
+        _, center, rstd, slope, offset = normalisation(x, scale, shift)
+        hidden = conv(affine(x, slope, offset), w1, b1)  # [B, 2.5 C, H, W]
+        ctx.save_for_backward(x, hidden, center, rstd, slope, offset, w1, w2)
         return conv(F.silu(hidden), w2, b2).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, hidden, center, rstd, scale, shift, w1, w2 = ctx.saved_tensors
+        x, hidden, center, rstd, slope, offset, w1, w2 = ctx.saved_tensors
         ds, *d_w2 = conv_backward(grad, F.silu(hidden), w2)
-        dn, *d_w1 = conv_backward(silu_backward(ds, hidden), normalise(x, center, rstd, scale, shift), w1)
-        dx, d_scale, d_shift = normalise_backward(dn, x, center, rstd, scale)
+        dn, *d_w1 = conv_backward(silu_backward(ds, hidden), affine(x, slope, offset), w1)
+        dx, d_scale, d_shift = norm_backward(dn, x, center, rstd, slope)
         return dx.add_(grad), d_scale, d_shift, *d_w1, *d_w2
 
 
@@ -394,22 +386,22 @@ def lean_block(block, x, t, t_emb):
     """What LiquidDiffusionBlock.forward computes by the formulas; half-precision autocast holds for the whole block."""
     device, cell, mix = x.device.type, block.cfc, block.mix
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    factors = [
-        wide(modulation.linear(t_emb)).chunk(2, dim=1) for modulation in (block.norm_cfc, mix.modulation, block.norm_ff)
-    ]
+    times = (block.norm_cfc.linear, cell.time_a, cell.time_b, mix.modulation.linear, block.norm_ff.linear)
+    cell_norm, a, b, mix_norm, ff_norm = (
+        wide(linear(t_emb))[..., None, None] for linear in times
+    )  # [B, C or 2 C, 1, 1]
     (cell_scale, cell_shift), (mix_scale, mix_shift), (ff_scale, ff_shift) = (
-        (1 + scale, shift) for scale, shift in factors
+        v.chunk(2, 1) for v in (cell_norm, mix_norm, ff_norm)
     )
-    a, b = wide(cell.time_a(t_emb)), wide(cell.time_b(t_emb))  # [B, C]
     with torch.autocast(device, enabled=False):
-        rate, stay, extra = block.relaxation.shares(t)
         weights = weights_of(
             cell.spatial, cell.backbone[0], cell.g[0], cell.h[0], cell.f, cell.g[2], cell.h[2], dtype=dtype
         )
-        x = LeanCell.apply(x.to(dtype), cell_scale, cell_shift, a, b, rate, stay, extra, *weights)
+        x = LeanCell.apply(x.to(dtype), 1 + cell_scale, cell_shift, a, b, *block.relaxation.shares(t), *weights)
         weights = [p.to(dtype) for p in mix.merged_kernel()] + weights_of(mix.project, dtype=dtype)
-        x = LeanMix.apply(x, mix.norm.weight, mix.norm.bias, mix.pool_weight, mix_scale, mix_shift, *weights)
-        return LeanFeedForward.apply(x, ff_scale, ff_shift, *weights_of(block.ff[0], block.ff[2], dtype=dtype))
+        fixed = (p[:, None, None] for p in (mix.norm.weight, mix.norm.bias, mix.pool_weight))  # [C, 1, 1]
+        x = LeanMix.apply(x, *fixed, 1 + mix_scale, mix_shift, *weights)
+        return LeanFeedForward.apply(x, 1 + ff_scale, ff_shift, *weights_of(block.ff[0], block.ff[2], dtype=dtype))
 
 
 def set_lean(model, on=True):
@@ -523,7 +515,7 @@ class Decoder(nn.Module):
 
 
 def set_gradient_checkpointing(model, on=True):
-    """Keep only the input of each block and compute the rest again on the way back: less memory, about a fifth more time."""
+    """Keep only the input of each block and compute the rest again on the way back: less memory, about a quarter more time."""
     for module in model.modules():
         if isinstance(module, Stage):
             module.checkpointing = on

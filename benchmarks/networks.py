@@ -61,7 +61,8 @@ def plain(preset="tiny", **overrides):
 
 
 def compiled(preset="tiny", **overrides):
-    """The lean network, each block compiled by itself."""
+    """The lean network, each block compiled by itself; PyTorch would compile the same code for eight widths and modes only."""
+    torch._dynamo.config.recompile_limit = 64
     model = ld.liquid_diffusion(preset, **overrides)
     for module in model.modules():
         if isinstance(module, ld.LiquidDiffusionBlock):
