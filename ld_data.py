@@ -71,7 +71,8 @@ def open_images(
     cache_dir    where caches live; default $LD_CACHE, else ~/.cache/liquid_diffusion. Each source, size, split, seed
                  and limit has a folder of its own there, and so has each state of a local source that changed.
     max_images   stop after this many pictures
-    seed         order of the shards (of the files, where the source is files) and of `batch` without a generator
+    seed         order of the shards (of the files, where the source is files) and of `batch` without a generator;
+                 rows keep their order within a shard, so of a sorted set the first rows may all be of one class
     revision, config   of a Hub set; by default the newest revision, pinned for good when the cache is begun
     max_bad      largest share of rows that may be dropped as unusable
     strict       False: a filler that failed is a warning in `batch` and `wait`, and the rows so far are used
