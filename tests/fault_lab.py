@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from ld_utils import Settings
 from liquid_diffusion import LiquidDiffusion, RectifiedFlowTrainer, liquid_diffusion_nano
 
 STEPS = 40
-DEADLINE = 300  # seconds for one process; it takes one or two
 
 
 def small_trainer(seed=0, **options):
@@ -96,10 +96,10 @@ class Lab:
         self.straight = self.run(self.folder / "straight")
         assert self.straight.status == 0, self.straight.said
 
-    def run(self, run_dir, fault=None, *arguments, every=5, **changes):
+    def run(self, run_dir, fault=None, *arguments, every=5, deadline=300, **changes):
         """Train in a process that saves every few steps; fault(trainer, *arguments) is called in it first.
 
-        changes: of the settings.
+        deadline: seconds until it counts as hung; it takes one or two. changes: of the settings.
         """
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -109,10 +109,10 @@ class Lab:
         job = (run_dir, self.folder / "pictures", logs, every, fault, arguments, changes)
         process = self.context.Process(target=child, args=job)
         process.start()
-        process.join(DEADLINE)
+        process.join(deadline)
         if process.exitcode is None:
             process.kill()
-            raise TimeoutError(f"{run_dir} was not done after {DEADLINE} s: {read(logs['said'])}")
+            raise TimeoutError(f"{run_dir} was not done after {deadline} s: {read(logs['said'])}")
         end = json.loads(read(logs["end"]) or "{}")
         steps, saves = (read(logs[name]).split() for name in ("steps", "saves"))
         said = read(logs["said"]) + read(logs["error"])
@@ -140,6 +140,8 @@ def child(run_dir, pictures, logs, every, fault, arguments, changes):
             train(trainer, cache, settings, lambda size: open_pictures(pictures, size))
         except RuntimeError as error:
             logs["error"].write_text(f"{type(error).__name__}: {error}\n")
+    if not (run_dir / "checkpoint.pt").exists():
+        return
     state = trainer.state_dict()
     saved = ld_checkpoint.load_checkpoint(run_dir / "checkpoint.pt")["run"]
     end = dict(digest=digest([state, saved["data"]]), losses=saved["losses"].tolist(), counts=state["counts"])
@@ -180,7 +182,7 @@ def kill():
 
 def kill_after(trainer, seconds):
     """Kill the process some seconds from now, wherever it is then."""
-    threading.Timer(seconds, kill).start()
+    threading.Thread(target=lambda: (time.sleep(seconds), kill()), daemon=True).start()
 
 
 class DeadlyFile:

@@ -216,7 +216,8 @@ def truncated(content, folder):
 def flipped(content, folder):
     """One bit of the largest tensor flips, which leaves the file readable to torch."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        largest = max(archive.infolist(), key=lambda item: item.file_size)
+        tensors = [item for item in archive.infolist() if "/data/" in item.filename]
+    largest = max(tensors, key=lambda item: item.file_size)
     start = largest.header_offset + 30 + sum(struct.unpack("<HH", content[largest.header_offset + 26 :][:4]))
     place = start + largest.file_size // 2
     return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]

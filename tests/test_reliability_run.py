@@ -112,12 +112,18 @@ def test_a_time_budget_holds_preview_and_checkpoint_and_ends_at_rate_zero(tmp_pa
 
 def test_time_spent_before_a_disconnect_counts(monkeypatch):
     settings = settings_for("x", max_steps=0, minutes=1.0)
-    now = iter([0.0, 100.0, 130.0])
-    monkeypatch.setattr(ld_train.time, "monotonic", lambda: next(now))
-    Clock(settings)
+    now = [100.0]
+    monkeypatch.setattr(ld_train.time, "monotonic", lambda: now[0])
     clock = Clock(settings)
     clock.go_on(dict(elapsed=15.0, progress=0.25), same=True)
+    now[0] += 30
     assert clock.progress(0.0) == pytest.approx(45 / 60)
+    clock.go_on(
+        dict(elapsed=5.0, progress=1.0), same=True
+    )  # it ended before the minutes did, to show its samples in them
+    assert clock.progress(0.0) == 1
+    clock.go_on(dict(elapsed=0.0, progress=1.0), same=False)
+    assert clock.progress(0.0) < 1
 
 
 def test_what_the_end_takes_is_kept_free_and_progress_never_falls(monkeypatch):
