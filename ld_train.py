@@ -63,10 +63,8 @@ class Run:
         self.seen, self.fresh = 0, []  # batches so far, and the losses that still lie on the device
         self.losses, self.history = [], []  # of every batch; (step, loss) of those that are finite
         self.rows = None  # in the cache at the checkpoint that this run goes on from
-        self.best, self.halved = (
-            math.inf,
-            False,
-        )  # lowest mean loss at a save; whether the rate was halved after a fault
+        self.best = math.inf  # lowest mean loss at a save
+        self.halved = False  # whether the learning rate was, after bad numbers
         for stage in settings.stages:
             check_side(stage.image_size, getattr(trainer.model, "multiple", 1))
         self.clock = Clock(settings)

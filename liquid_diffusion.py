@@ -936,8 +936,10 @@ def self_test(self, image_size):
     chosen, first_fault = self.precision, None
     for precision in dict.fromkeys((chosen, torch.float32)):
         for cudnn in (True, False):
-            self.precision, torch.backends.cudnn.enabled = precision, cudnn
-            self.update.set_precision(precision)
+            torch.backends.cudnn.enabled = cudnn
+            if precision != self.precision:  # else the loss scale found so far stays
+                self.precision = precision
+                self.update.set_precision(precision)
             fault = self.fault(image_size)
             if fault is None:
                 if first_fault:

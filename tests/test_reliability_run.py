@@ -289,10 +289,12 @@ def cudnn_as_before():
 
 def test_self_test_says_nothing_where_all_is_well():
     trainer, said = broken(lambda output: output, precision=torch.float16)
+    trainer.update.scaler.load_state_dict({**trainer.update.scaler.state_dict(), "scale": 128.0})
     before = digest(snapshot(trainer.state_dict()))
     trainer.self_test(8)
     assert (trainer.precision, said, torch.backends.cudnn.enabled) == (torch.float16, [], True)
     assert digest(snapshot(trainer.state_dict())) == before
+    assert trainer.update.scaler.get_scale() == 128  # what a resumed run brings along
 
 
 def test_a_missing_kernel_falls_back_to_float32():
