@@ -59,7 +59,9 @@ class Run:
         self.trainer, self.settings, self.open_cache = trainer, settings, open_cache
         self.caches, self.say = {settings.stages[0].image_size: cache}, print
         self.stage = None  # side of the pictures, once there are any
-        self.generator = torch.Generator().manual_seed(settings.seed)  # order and flips of pictures: the data position
+        self.order, self.flips = (
+            torch.Generator().manual_seed(settings.seed + i) for i in range(2)
+        )  # the data position
         self.seen, self.fresh = 0, []  # batches so far, and the losses that still lie on the device
         self.losses, self.history = [], []  # of every batch; (step, loss) of those that are finite
         self.rows = None  # in the cache at the checkpoint that this run goes on from
@@ -84,8 +86,8 @@ class Run:
         """One batch."""
         self.trainer.progress = self.progress()
         self.enter_stage()
-        batch = self.caches[self.stage].batch(self.settings.batch_size, generator=self.generator)
-        metrics = self.trainer.train_step(to_model_range(batch, self.trainer.device, generator=self.generator))
+        batch = self.caches[self.stage].batch(self.settings.batch_size, generator=self.order)
+        metrics = self.trainer.train_step(to_model_range(batch, self.trainer.device, generator=self.flips))
         self.seen += 1
         self.fresh.append(metrics["loss"])
         if self.trainer.update.skipped_in_a_row >= PATIENCE:
@@ -148,7 +150,7 @@ class Run:
             halved=self.halved,
             elapsed=self.clock.elapsed(),
             progress=self.progress(),
-            data=self.generator.get_state(),
+            data=[self.order.get_state(), self.flips.get_state()],
             rows=len(self.caches[self.stage]) if self.stage else None,
         )
         settings = {**asdict(self.settings), "run_dir": str(self.settings.run_dir)}
@@ -207,7 +209,8 @@ class Run:
         loop = state["run"]
         self.trainer.load_state_dict(state)
         set_random_state(state["random"])
-        self.generator.set_state(loop["data"])
+        for generator, saved in zip((self.order, self.flips), loop["data"]):
+            generator.set_state(saved)
         self.seen, self.best, self.halved = loop["seen"], loop["best"], loop["halved"]
         self.losses, self.history, self.fresh = [], [], []
         self.add(loop["losses"].tolist())
