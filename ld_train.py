@@ -59,9 +59,8 @@ class Run:
         self.trainer, self.settings, self.open_cache = trainer, settings, open_cache
         self.caches, self.say = {settings.stages[0].image_size: cache}, print
         self.stage = None  # side of the pictures, once there are any
-        self.order, self.flips = (
-            torch.Generator().manual_seed(settings.seed + i) for i in range(2)
-        )  # the data position
+        self.order = torch.Generator().manual_seed(settings.seed)  # of the pictures: the data position
+        self.flips = torch.Generator().manual_seed(settings.seed + 1)
         self.seen, self.fresh = 0, []  # batches so far, and the losses that still lie on the device
         self.losses, self.history = [], []  # of every batch; (step, loss) of those that are finite
         self.rows = None  # in the cache at the checkpoint that this run goes on from
