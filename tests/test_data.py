@@ -317,11 +317,13 @@ def test_a_plain_script_needs_no_main_guard(tmp_path):
 
 
 def test_a_full_disk_is_a_clear_error_and_the_cache_stays_readable(opened, tmp_path):
-    """The second filler inherits a limit on the size of files, so that the kernel refuses its writes."""
-    folder = folder_of(tmp_path / "pictures", 300, side=600)
-    before = opened(folder).wait(20)
+    """The second filler goes on from row 40 and inherits a limit on the size of files: the kernel refuses its writes."""
+    folder = folder_of(tmp_path / "pictures", 300)
+    before = opened(folder).wait()
     before.close()
-    kept = numbers(before.images)
+    kept, state = numbers(before.images)[:40], before.folder / "state.json"
+    stopped_at_40 = dict(rows=40, seen=40, shard=0, offset=40, complete=False)
+    state.write_text(json.dumps({**json.loads(state.read_text()), **stopped_at_40}))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((len(kept) + 2) * 3 * 16 * 16 + 100, limits[1]))
     try:
