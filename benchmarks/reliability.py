@@ -35,7 +35,8 @@ def fault_rows(folder):
     rows = []
     for index, (name, fault) in enumerate(FAULTS.items()):
         row = fault(lab, folder / f"fault-{index}")
-        rows.append((name, row.lost, row.said.replace(str(folder), "").replace(f"/fault-{index}", "runs/mine")))
+        said = row.said.replace(f"{folder}/fault-{index}", "runs/mine").replace(f"/fault-{index}", "/mine")
+        rows.append((name, row.lost, said))
         print(f"ok  {name}", flush=True)
     return lab, rows
 
