@@ -61,6 +61,17 @@ def test_order_of_convergence_on_a_linear_equation(solver, order):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2)])
+def test_order_of_convergence_where_the_velocity_depends_on_time(solver, order):
+    """dx/dt = -2 t x from t = 1 to 0 has the solution e x(1): a slope taken at the wrong time costs an order."""
+    start = torch.ones(1, 1, 1, 1).double()
+    errors = [
+        (last(integrate(lambda x, t: -2 * t[:, None, None, None] * x, start, time_grid(n), solver)) - math.e).abs()
+        for n in (64, 128)
+    ]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
 @pytest.mark.parametrize("solver", ld.SOLVERS)
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_constant_velocity_is_followed_exactly(solver, steps):
@@ -106,6 +117,13 @@ def test_solvers_equal_torchdiffeq(solver):
 def test_state_stays_in_float32_around_a_half_precision_model():
     states = list(integrate(lambda x, t: x.bfloat16(), torch.randn(1, 3, 4, 4).bfloat16(), time_grid(3)))
     assert {state.dtype for state in states} == {torch.float32}
+
+
+def test_slopes_of_a_half_precision_model_are_added_in_float32():
+    """1 + 2**-8 needs more digits than bfloat16 has: Heun's mean of the two slopes keeps them."""
+    slopes = iter([1.0, 2**-8])
+    end = last(integrate(lambda x, t: torch.full_like(x, next(slopes)).bfloat16(), torch.zeros(1), [1.0, 0.0], "heun"))
+    assert end.item() == -(1 + 2**-8) / 2
 
 
 def test_grid_runs_from_noise_to_data_in_even_steps():

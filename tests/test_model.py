@@ -67,6 +67,7 @@ def test_large_preset_keeps_the_four_stage_layout():
     ("x", "t", "message"),
     [
         (torch.zeros(1, 3, 9, 8), torch.zeros(1), "9x8; both sides must be a multiple of 2"),
+        (torch.zeros(1, 3, 8, 9), torch.zeros(1), "8x9; both sides must be a multiple of 2"),
         (torch.zeros(1, 3, 0, 8), torch.zeros(1), "multiple of 2"),
         (torch.zeros(1, 1, 8, 8), torch.zeros(1), r"\[B, 3, H, W\]"),
         (torch.zeros(3, 8, 8), torch.zeros(1), r"\[B, 3, H, W\]"),
@@ -81,12 +82,19 @@ def test_bad_input_is_refused_with_the_reason(x, t, message):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [dict(channels=(10, 16)), dict(channels=(10**9, 16)), dict(blocks=(1,)), dict(blocks=(0, 1)), dict(t_dim=3),
-     dict(in_channels=0), dict(relaxation="other")],
-)  # fmt: skip
-def test_networks_that_cannot_be_meant_are_refused(options):
-    with pytest.raises(ValueError):  # noqa: PT011 - each message differs
+    ("options", "message"),
+    [
+        (dict(channels=(10, 16)), "multiple of 8"),
+        (dict(channels=(8, 2**20)), "between 8 and 4096"),
+        (dict(blocks=(1,)), "same number of stages"),
+        (dict(blocks=(0, 1)), "1 to 64 per stage"),
+        (dict(t_dim=3), "even number"),
+        (dict(in_channels=0), "in_channels"),
+        (dict(relaxation="other"), "delta, spec, only, off"),
+    ],
+)
+def test_networks_that_cannot_be_meant_are_refused(options, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
         small(**options)
 
 

@@ -62,13 +62,17 @@ def test_a_missing_python_is_named(bare_tree):
     assert "There is no 'python3.99'" in done.stdout + done.stderr
 
 
-def test_a_python_that_is_too_old_or_too_new_is_named(bare_tree):
-    fake = bare_tree / "python"  # answers as another version would
-    fake.write_text('#!/bin/sh\ncase "$1" in -c) exit 1;; *) echo "Python 3.8.1";; esac\n')
+@pytest.mark.parametrize("version", ["3.9.18", "3.14.0"])
+def test_a_python_that_is_too_old_or_too_new_is_named(bare_tree, version):
+    fake = bare_tree / "python"  # this Python, but with another version number
+    code = f"import sys; sys.version_info = {tuple(map(int, version.split('.')))}; exec(sys.argv[1])"
+    fake.write_text(
+        f'#!/bin/sh\ncase "$1" in -c) exec {sys.executable} -c "{code}" "$2";; *) echo "Python {version}";; esac\n'
+    )
     fake.chmod(0o755)
     done = make("train", f"PYTHON={fake}", cwd=bare_tree)
     assert done.returncode != 0
-    assert "is Python 3.8.1; LiquidDiffusion needs 3.10 to 3.13" in done.stdout + done.stderr
+    assert f"is Python {version}; LiquidDiffusion needs 3.10 to 3.13" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
