@@ -525,8 +525,9 @@ def set_gradient_checkpointing(model, on=True):
 
 
 class LiquidDiffusion(
-    nn.Module, PyTorchModelHubMixin, library_name="liquid-diffusion", pipeline_tag="unconditional-image-generation"
-):
+    nn.Module, PyTorchModelHubMixin, library_name="liquid-diffusion", pipeline_tag="unconditional-image-generation",
+    repo_url="https://github.com/krystv/liquid-diffusion",
+):  # fmt: skip
     """Attention-free U-Net of liquid blocks: x [B, in_channels, H, W], t [B] in [0, 1] -> velocity, the shape of x.
 
     channels, blocks: per stage. t_dim: width of the time embedding (channels[0] if None). options: relaxation, expansion.
@@ -1115,7 +1116,7 @@ def read_pretrained(name, **download):
         with open(paths[0], encoding="utf-8") as file:
             return json.load(file), load_state_dict_from_file(paths[1])
     except Exception as error:  # whatever the Hub or a reader trips over in files of anybody's making
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"No model can be read from {name} ({reason}); give a folder or owner/name with config.json and model.safetensors."
         ) from error
