@@ -35,11 +35,16 @@ def train(trainer, cache, settings, open_cache=None):
     """
     open_cache = open_cache or (lambda size: open_images(settings.source, size))
     run = Run(trainer, cache, settings, open_cache)
-    with Signals() as signals, Screen(run) as screen:
-        run.say = trainer.say = screen.say
+    return follow(run, Screen(run))
+
+
+def follow(run, screen):
+    """Train a Run to its end, or to the signal that ends it; returns its history."""
+    with Signals() as signals, screen:
+        run.say = run.trainer.say = screen.say
         run.resume()
         started = run.seen
-        while not run.over() and not signals.received:
+        while not run.over(stop=signals.received):
             run.step()
             screen.refresh()
             run.keep()
@@ -79,19 +84,23 @@ class Run:
         steps = self.settings.max_steps
         return min(1.0, self.seen / steps if steps else self.clock.progress(self.keeper.seconds))
 
-    def over(self):
-        return self.progress() >= 1
+    def over(self, stop=False):
+        return bool(stop) or self.progress() >= 1
 
     def step(self):
         """One batch."""
         self.trainer.progress = self.progress()
         self.enter_stage()
-        batch = self.caches[self.stage].batch(self.settings.batch_size, generator=self.order)
-        metrics = self.trainer.train_step(to_model_range(batch, self.trainer.device, generator=self.flips))
+        metrics = self.trainer.train_step(self.pictures())
         self.seen += 1
         self.fresh.append(metrics["loss"])
         if self.trainer.update.skipped_in_a_row >= PATIENCE:
             self.recover()
+
+    def pictures(self):
+        """The next batch, [B, 3, H, W] in [-1, 1] on the trainer's device."""
+        batch = self.caches[self.stage].batch(self.settings.batch_size, generator=self.order)
+        return to_model_range(batch, self.trainer.device, generator=self.flips)
 
     def collect(self):
         """Read the losses that still lie on the device: one wait for all of them."""

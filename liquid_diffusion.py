@@ -7,11 +7,14 @@ This file is exported from LiquidDiffusion_Training.ipynb; edit the notebook, th
 """
 
 import copy
+import json
 import math
+import os
 from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, load_state_dict_from_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -521,18 +524,28 @@ def set_gradient_checkpointing(model, on=True):
             module.checkpointing = on
 
 
-class LiquidDiffusion(nn.Module):
+class LiquidDiffusion(
+    nn.Module, PyTorchModelHubMixin, library_name="liquid-diffusion", pipeline_tag="unconditional-image-generation",
+    repo_url="https://github.com/krystv/liquid-diffusion",
+):  # fmt: skip
     """Attention-free U-Net of liquid blocks: x [B, in_channels, H, W], t [B] in [0, 1] -> velocity, the shape of x.
 
     channels, blocks: per stage. t_dim: width of the time embedding (channels[0] if None). options: relaxation, expansion.
     H and W must be multiples of 2 ** (stages - 1), else ValueError. LiquidDiffusion(**model.config) builds it again.
+    save_pretrained(folder) and push_to_hub("owner/name") write config.json and model.safetensors, from_pretrained reads them.
     """
+
+    @classmethod
+    def from_pretrained(cls, name, **download):
+        """The network that lies in a folder or on the Hub; its files are checked first: see read_pretrained, model_from."""
+        return model_from(*read_pretrained(name, **download)).eval()
 
     def __init__(self, channels, blocks, t_dim=None, in_channels=3, gradient_checkpointing=False, lean=True, **options):
         super().__init__()
         channels, blocks, t_dim = list(channels), list(blocks), t_dim or channels[0]
         check_architecture(channels, blocks, t_dim, in_channels)
         self.config = dict(channels=channels, blocks=blocks, t_dim=t_dim, in_channels=in_channels, **options)
+        self._hub_mixin_config = self.config  # what save_pretrained writes
         self.in_channels, self.multiple, first = in_channels, 2 ** (len(channels) - 1), channels[0]
 
         self.time = TimeEmbedding(t_dim)
@@ -1084,3 +1097,26 @@ def model_from(config, weights):
     model = LiquidDiffusion(**config)
     model.load_state_dict(weights)
     return model
+
+
+def read_pretrained(name, **download):
+    """(config, weights) from `name`, a folder that save_pretrained wrote or "owner/name" on the Hub; no code in them is run.
+
+    download: token, revision, cache_dir and the others of hf_hub_download. ValueError, one sentence, if they cannot be read.
+    """
+    name = str(name)
+    if name in PRESETS and not os.path.isdir(name):
+        raise ValueError(f"{name!r} is a preset and has no weights; liquid_diffusion({name!r}) builds it untrained.")
+    try:
+        files = ("config.json", "model.safetensors")
+        if not os.path.isdir(name):
+            paths = [hf_hub_download(name, file, **download) for file in files]
+        else:
+            paths = [os.path.join(name, file) for file in files]
+        with open(paths[0], encoding="utf-8") as file:
+            return json.load(file), load_state_dict_from_file(paths[1])
+    except Exception as error:  # whatever the Hub or a reader trips over in files of anybody's making
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"No model can be read from {name} ({reason}); give a folder or owner/name with config.json and model.safetensors."
+        ) from error
