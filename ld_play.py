@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ld_utils import draw_grid, grid_image, png
+from ld_utils import draw_grid, from_uint8, grid_image, png
 
 # ---- noise and velocities -------------------------------------------------------------------------------------------
 
@@ -102,6 +102,23 @@ def outside_box(size, x, y, width, height):
     known = torch.ones(size, size, dtype=torch.bool)
     known[y : y + height, x : x + width] = False
     return known
+
+
+# ---- beside the training pictures -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def nearest(pictures, pool, count=1):
+    """Distances and rows, [N, count] each, of the pictures of pool that are nearest to each of `pictures`, mirrored or not.
+
+    pictures: float [N, C, H, W] in [-1, 1]; pool: uint8 [M, C, H, W]. A distance is the root mean square over all values.
+    """
+    x, mirrored = pictures.flatten(1), pictures.flip(-1).flatten(1)
+    distances = []
+    for part in pool.split(2000):
+        y = from_uint8(part).flatten(1)
+        distances.append(torch.minimum(torch.cdist(x, y), torch.cdist(mirrored, y)))
+    return torch.cat(distances, dim=1).div_(x.shape[1] ** 0.5).topk(count, largest=False)
 
 
 # ---- inside the network ---------------------------------------------------------------------------------------------

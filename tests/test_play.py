@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import ld_play
+from ld_utils import from_uint8
 from liquid_diffusion import LiquidDiffusion, integrate, interpolate, set_lean, time_grid
 
 torch.set_num_threads(1)
@@ -145,6 +146,20 @@ def test_repeats_make_the_new_pixel_agree_with_the_known_one():
         spreads.append(filled[..., 1].std().item())
     assert abs(means[1] - 0.9) < 0.05 < abs(means[0] - 0.9)
     assert abs(spreads[1] - 0.436) < 0.05 < abs(spreads[0] - 0.436)
+
+
+# ---- beside the training pictures -----------------------------------------------------------------------------------
+
+
+def test_nearest_finds_each_picture_and_its_mirror_image_in_order():
+    pool = torch.randint(0, 256, (2500, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    asked = from_uint8(pool[[2400, 7]])
+    asked[1] = asked[1].flip(-1)
+    distance, row = ld_play.nearest(asked, pool, 3)
+    assert row[:, 0].tolist() == [2400, 7]
+    assert distance[:, 0].max() < 1e-3 and (distance.diff(dim=1) >= 0).all()
+    by_hand = [(from_uint8(pool) - from_uint8(pool[[2400]]).flip(dims)).square().mean((1, 2, 3)) for dims in ([], [-1])]
+    torch.testing.assert_close(distance[0], torch.minimum(*by_hand).sqrt().sort().values[:3], rtol=1e-3, atol=1e-3)
 
 
 # ---- liquid maps ----------------------------------------------------------------------------------------------------
