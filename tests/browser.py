@@ -69,7 +69,7 @@ def wait_for_server(folder, server):
         for path in (folder / "runtime").glob("jpserver-*.json"):
             info = json.loads(path.read_text() or "{}")
             if info:
-                return lambda notebook: f"{info['url']}lab/tree/{notebook}?token={info['token']}"
+                return lambda notebook: f"{info['url']}lab/tree/{notebook}?token={info['token']}&reset"
         time.sleep(0.1)
     raise RuntimeError(f"JupyterLab did not start:\n{(folder / 'lab.log').read_text()}")
 
@@ -96,6 +96,8 @@ def page(browser, request):
 def shoot(page, name, height=1000):
     """Keep a screenshot."""
     page.set_viewport_size(dict(width=1300, height=height))
+    if height > 1000:
+        page.locator(".jp-WindowedPanel-outer").evaluate("panel => panel.scrollTo(0, 0)")
     shots = Path(os.environ.get("LD_SHOTS", "runs/browser"))
     shots.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=shots / f"{name}.png")
@@ -105,7 +107,7 @@ def shoot(page, name, height=1000):
 def run_all(page, address):
     """Open the notebook, run all its cells by the menu, and wait until the last one has run; no cell may fail."""
     page.goto(address)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()  # the kernel is there
+    page.locator("#jp-main-statusbar").get_by_text(re.compile(r"Python 3.*\| Idle")).wait_for()  # the kernel is there
     page.locator(".lm-MenuBar-itemLabel").get_by_text("Run", exact=True).click()
     page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
     finished = page.locator(".jp-CodeCell .jp-InputPrompt").last.filter(has_text=re.compile(r"\[\d+\]:"))
@@ -193,5 +195,5 @@ def test_settings_panel_of_the_training_notebook_changes_the_settings(page, addr
     shoot(page, "settings")
 
     probe.locator(".jp-InputArea-editor").click()
-    page.keyboard.press("Shift+Enter")
+    page.keyboard.press("Control+Enter")
     expect(probe.locator(".jp-OutputArea-output")).to_have_text("now 7.5 tiny\n")
