@@ -187,7 +187,7 @@ def maps_film(states, velocity, gates, taus, t):
     scales = Normalize(*spread.tolist()), LogNorm(longest / 100, longest)
     labels = "gate (share of g)", "time constant\n(units of t)"
     for row, maps, scale, label in zip(axes, (gates, taus), scales, labels):
-        images = [ax.imshow(values[0].cpu(), norm=scale) for ax, values in zip(row[1:], maps.values())]
+        images = [ax.imshow(values[0].cpu().numpy(), norm=scale) for ax, values in zip(row[1:], maps.values())]
         figure.colorbar(images[0], ax=list(row), label=label, extend="both")
     pngs = []
     for i, time in enumerate(tqdm(t.tolist(), desc="drawing maps")):
@@ -197,7 +197,7 @@ def maps_film(states, velocity, gates, taus, t):
             draw_grid(row[0], picture[i : i + 1], 1)
             row[0].set_title(name, fontsize=9)
             for ax, (stage, values) in zip(row[1:], maps.items()):
-                ax.images[0].set_data(values[i].cpu())
+                ax.images[0].set_data(values[i].cpu().numpy())
                 ax.set_title(f"{stage}\n{values[i].median():.2f}", fontsize=8)
                 ax.set_axis_off()
         pngs.append(png(figure))

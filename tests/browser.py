@@ -97,7 +97,9 @@ def shoot(page, name, height=1000):
     """Keep a screenshot."""
     page.set_viewport_size(dict(width=1300, height=height))
     if height > 1000:
-        page.locator(".jp-WindowedPanel-outer").evaluate("panel => panel.scrollTo(0, 0)")
+        page.evaluate(
+            "document.querySelectorAll('.jp-WindowedPanel-outer, .jp-Notebook').forEach(x => x.scrollTo(0, 0))"
+        )
     shots = Path(os.environ.get("LD_SHOTS", "runs/browser"))
     shots.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=shots / f"{name}.png")

@@ -1,5 +1,6 @@
 """Laws of editing, guidance, blending and of the liquid maps; films are read back."""
 
+import io
 import math
 import shutil
 import subprocess
@@ -204,6 +205,20 @@ def test_time_constant_is_that_of_the_decay_which_the_gate_stands_for():
     assert 0 < low < 0.1 and 1e5 < high < math.inf
 
 
+def test_maps_film_draws_each_time_once(model):
+    t = torch.tensor([0.9, 0.5, 0.1])
+    states = rand(3, 3, 8, 8)
+    velocity, gates, taus = ld_play.liquid_maps(model, states, t)
+    torch.testing.assert_close(velocity, model(states, t))
+    assert {stage: tuple(gate.shape) for stage, gate in gates.items()} == {
+        stage: tuple(x.shape) for stage, x in taus.items()
+    }
+    assert gates["encoder 1"].shape == (3, 8, 8) and gates["bottleneck"].shape == (3, 4, 4)
+    frames = ld_play.maps_film(states, velocity, gates, taus, t)
+    pictures = [Image.open(io.BytesIO(frame)) for frame in frames]
+    assert len(set(frames)) == 3 and len({picture.size for picture in pictures}) == 1
+
+
 # ---- films ----------------------------------------------------------------------------------------------------------
 
 
@@ -221,8 +236,10 @@ def test_gif_holds_every_frame_at_its_pace(frames, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="there is no ffmpeg here to write or read an MP4")
-def test_mp4_holds_every_frame(frames, tmp_path):
+def test_mp4_holds_every_frame_at_its_pace(frames, tmp_path):
     path = ld_play.save_mp4(frames, tmp_path / "film.mp4", seconds=0.1)
+    told = subprocess.run(["ffmpeg", "-i", path], capture_output=True, text=True).stderr  # ends for want of an output
+    assert "10 fps" in told and "Duration: 00:00:00.60" in told
     command = ["ffmpeg", "-loglevel", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "gray", "-"]
     width, height = (side + side % 2 for side in frames[0].size)
     pixels = torch.frombuffer(
