@@ -111,12 +111,17 @@ def outside_box(size, x, y, width, height):
 def nearest(pictures, pool, count=1):
     """Distances and rows, [N, count] each, of the pictures of pool that are nearest to each of `pictures`, mirrored or not.
 
-    pictures: float [N, C, H, W] in [-1, 1]; pool: uint8 [M, C, H, W]. A distance is the root mean square over all values.
+    pictures: float [N, C, H, W] in [-1, 1]; pool: uint8 [M, C, H, W]. A distance is the root mean square over all values;
+    pictures of more than 32 px are shrunk to that first.
     """
-    x, mirrored = pictures.flatten(1), pictures.flip(-1).flatten(1)
+
+    def flat(x):
+        return (F.interpolate(x, (32, 32), mode="area") if max(x.shape[2:]) > 32 else x).flatten(1)
+
+    x, mirrored = flat(pictures), flat(pictures.flip(-1))
     distances = []
-    for part in pool.split(2000):
-        y = from_uint8(part).flatten(1)
+    for part in pool.split(500):
+        y = flat(from_uint8(part))
         distances.append(torch.minimum(torch.cdist(x, y), torch.cdist(mirrored, y)))
     return torch.cat(distances, dim=1).div_(x.shape[1] ** 0.5).topk(count, largest=False)
 

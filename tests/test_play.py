@@ -160,6 +160,8 @@ def test_nearest_finds_each_picture_and_its_mirror_image_in_order():
     assert row[:, 0].tolist() == [2400, 7]
     assert distance[:, 0].max() < 1e-3 and (distance.diff(dim=1) >= 0).all()
     by_hand = [(from_uint8(pool) - from_uint8(pool[[2400]]).flip(dims)).square().mean((1, 2, 3)) for dims in ([], [-1])]
+    big = pool[:3].repeat_interleave(32, 2).repeat_interleave(32, 3)  # 128 px, but flat within 32 px
+    assert ld_play.nearest(from_uint8(big), pool[:3].repeat_interleave(8, 2).repeat_interleave(8, 3))[0].max() < 1e-3
     torch.testing.assert_close(distance[0], torch.minimum(*by_hand).sqrt().sort().values[:3], rtol=1e-3, atol=1e-3)
 
 
