@@ -89,7 +89,7 @@ def page(browser, request):
     page = browser.new_page(viewport=dict(width=1300, height=1000))
     page.set_default_timeout(MINUTE)
     yield page
-    shoot(page, request.node.name, height=12_000)
+    shoot(page, request.node.name, height=15_000)
     page.close()
 
 
