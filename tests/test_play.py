@@ -13,8 +13,6 @@ import ld_play
 from ld_utils import from_uint8
 from liquid_diffusion import LiquidDiffusion, integrate, interpolate, set_lean, time_grid
 
-torch.set_num_threads(1)
-
 
 def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
