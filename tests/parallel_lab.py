@@ -35,13 +35,13 @@ def work(folder, name, fault=None, precision=None):
     log_saves(run_dir / "saves")
     if fault and rank == 1:
         fault(trainer)
-    ld_parallel.train(trainer, cache, settings_for(run_dir, batch_size=BATCH, max_steps=STEPS))
+    history = ld_parallel.train(trainer, cache, settings_for(run_dir, batch_size=BATCH, max_steps=STEPS))
     trainer.update.settle()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     counts = {name: getattr(trainer.update, name) for name in ("steps", "skipped")} | trainer.update.scaler.state_dict()
     first = trainer.update.ema.model.state_dict() if rank == 0 else None
     torch.save(
-        dict(weights=weights, ema=first, reads=reads, counts=counts),
+        dict(weights=weights, ema=first, reads=reads, counts=counts, history=history),
         run_dir / f"end-{rank}-of-{ld_parallel.dist.get_world_size()}.pt",
     )
 

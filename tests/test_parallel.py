@@ -52,9 +52,11 @@ def alone(lab):
     flips = torch.Generator().manual_seed(1)
     images = torch.from_numpy(open_pictures(lab[0] / "pictures", 8).images.copy())
     order = torch.cat([epoch[: 2 * BATCH] for epoch in epochs()])
+    trainer.losses = []
     for step in range(STEPS):
         trainer.progress = step / STEPS
-        trainer.train_step(to_model_range(images[order[step * BATCH : (step + 1) * BATCH]], "cpu", generator=flips))
+        batch = to_model_range(images[order[step * BATCH : (step + 1) * BATCH]], "cpu", generator=flips)
+        trainer.losses.append(trainer.train_step(batch)["loss"].item())
     trainer.update.settle()
     return trainer
 
@@ -73,6 +75,8 @@ def test_several_processes_end_where_one_with_the_whole_batch_does(lab, alone, n
     for parameter, weight in alone.update.ema.model.state_dict().items():
         torch.testing.assert_close(first["ema"][parameter], weight, rtol=0, atol=1e-6)
     assert first["counts"]["steps"] == STEPS
+    for end in (first, *others):
+        assert end["history"] == [(i, pytest.approx(loss, rel=1e-5)) for i, loss in enumerate(alone.losses, 1)]
 
 
 def test_no_picture_is_read_twice_in_an_epoch(lab):
