@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 
-from fault_lab import open_pictures  # noqa: E402
+from fault_lab import open_pictures, settings_for  # noqa: E402
 from parallel_lab import BATCH, STEPS  # noqa: E402
 
+import ld_train  # noqa: E402
 from ld_data import to_model_range  # noqa: E402
 from liquid_diffusion import LiquidDiffusion, RectifiedFlowTrainer  # noqa: E402
 
@@ -91,6 +93,16 @@ def test_no_picture_is_read_twice_in_an_epoch(lab):
 def test_one_process_writes_the_checkpoints(lab):
     assert (lab[0] / "two" / "saves").read_text().split() == ["0", str(STEPS)]
     assert not ends(lab, "two", 2)[1]["ema"]
+
+
+def test_a_plain_run_goes_on_where_several_processes_stopped(lab, alone, tmp_path):
+    shutil.copytree(lab[0] / "two", tmp_path / "two")
+    trainer = RectifiedFlowTrainer(LiquidDiffusion(channels=(16, 32), blocks=(1, 1)), device="cpu", lr=1e-3)
+    settings = settings_for(tmp_path / "two", batch_size=BATCH, max_steps=STEPS + 2)
+    history = ld_train.train(trainer, open_pictures(lab[0] / "pictures", 8), settings)
+    assert [loss for _, loss in history[:STEPS]] == pytest.approx(alone.losses, rel=1e-5)
+    trainer.update.settle()
+    assert len(history) == trainer.update.steps == STEPS + 2
 
 
 def test_a_worker_that_dies_or_fails_ends_the_run_with_a_sentence(lab):
