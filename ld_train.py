@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 from dataclasses import asdict
@@ -323,7 +324,7 @@ class Clock:
     def __init__(self, settings):
         self.budget, self.save_every = settings.minutes * 60, settings.save_every
         self.start = self.last_save = time.monotonic()
-        self.preview_seconds, self.furthest = 0.0, 0.0
+        self.previews, self.furthest = [], 0.0  # seconds of each preview; progress at its furthest
         # the notebook shows about 1.6 times the final grid's work; a preview is 24 pictures of 20 steps
         self.final_previews = 1 + 1.6 * settings.samples * settings.steps / (24 * 20)
 
@@ -335,9 +336,13 @@ class Clock:
     def elapsed(self):
         return time.monotonic() - self.start
 
+    def preview_seconds(self):
+        """The median of the previews so far, so that one that met a stall of the machine does not end the run early."""
+        return statistics.median_low(self.previews) if self.previews else 0.0
+
     def progress(self, save_seconds):
         """Share of the time, less what the end will take by the measure of previews and saves so far; it never falls."""
-        reserve = self.preview_seconds * self.final_previews + 2 * save_seconds
+        reserve = self.preview_seconds() * self.final_previews + 2 * save_seconds
         usable = self.budget - min(reserve, self.budget / 3)
         self.furthest = max(self.furthest, self.elapsed() / usable)
         return self.furthest
@@ -378,7 +383,7 @@ class Screen:
         self.training += now - self.last_bar
         self.run.collect()
         self.report()
-        if now - self.last_preview >= self.preview_every:
+        if now - self.last_preview >= max(self.preview_every, 20 * self.run.clock.preview_seconds()):
             self.preview()
         self.last_bar = time.monotonic()
 
@@ -402,8 +407,7 @@ class Screen:
         )
         self.live.update(self.run.history, pictures)
         self.last_preview = time.monotonic()
-        seconds = self.run.clock.preview_seconds = self.last_preview - start
-        self.preview_every = max(self.preview_every, 20 * seconds)
+        self.run.clock.previews.append(self.last_preview - start)
 
     def finish(self):
         """The last picture of the run: bar, figure, loss.png."""
