@@ -6,7 +6,7 @@ import io
 
 import ipywidgets as widgets
 
-from ld_utils import grid_image
+from ld_utils import grid_image, png
 
 
 def settings_panel(settings):
@@ -35,6 +35,23 @@ def film_slider(film, columns=4, scale=3):
     slider = widgets.IntSlider(value=len(frames) - 1, max=len(frames) - 1, description="step")
     slider.observe(lambda change: setattr(picture, "value", frames[change["new"]]), names="value")
     return widgets.VBox([slider, picture])
+
+
+def figure_sliders(draw, **ranges):
+    """Sliders over the figure draw(**values), drawn anew at each move; ranges: name=(start, low, high) of each value."""
+    sliders = {
+        name: widgets.FloatSlider(value=start, min=low, max=high, step=(high - low) / 50, description=name)
+        for name, (start, low, high) in ranges.items()
+    }
+    picture = widgets.Image(format="png")
+
+    def redraw(_=None):
+        picture.value = png(draw(**{name: slider.value for name, slider in sliders.items()}))
+
+    for slider in sliders.values():
+        slider.observe(redraw, names="value")
+    redraw()
+    return widgets.VBox([*sliders.values(), picture])
 
 
 def _png(frame, columns, scale):
