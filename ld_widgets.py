@@ -40,7 +40,7 @@ def film_slider(film, columns=4, scale=3):
 def figure_sliders(draw, **ranges):
     """Sliders over the figure draw(**values), drawn anew at each move; ranges: name=(start, low, high) of each value."""
     sliders = {
-        name: widgets.FloatSlider(value=start, min=low, max=high, step=(high - low) / 50, description=name)
+        name: widgets.FloatSlider(value=start, min=low, max=high, step=0.05, description=name)
         for name, (start, low, high) in ranges.items()
     }
     picture = widgets.Image(format="png")
