@@ -37,6 +37,13 @@ def film_slider(film, columns=4, scale=3):
     return widgets.VBox([slider, picture])
 
 
+def _png(frame, columns, scale):
+    image = grid_image(frame, columns)
+    buffer = io.BytesIO()
+    image.resize((image.width * scale, image.height * scale), 0).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def figure_sliders(draw, **ranges):
     """Sliders over the figure draw(**values), drawn anew at each move; ranges: name=(start, low, high) of each value."""
     sliders = {
@@ -52,10 +59,3 @@ def figure_sliders(draw, **ranges):
         slider.observe(redraw, names="value")
     redraw()
     return widgets.VBox([*sliders.values(), picture])
-
-
-def _png(frame, columns, scale):
-    image = grid_image(frame, columns)
-    buffer = io.BytesIO()
-    image.resize((image.width * scale, image.height * scale), 0).save(buffer, "PNG")
-    return buffer.getvalue()
