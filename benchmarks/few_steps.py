@@ -1,6 +1,6 @@
 """How good few Euler steps are before and after one reflow, on the network's own pairs of noise and picture.
 
-    python benchmarks/few_steps.py [--weights FILE] [--pairs 512] [--steps 150] [--pictures 128]
+    python benchmarks/few_steps.py [--weights FILE] [--pairs 768] [--steps 200] [--pictures 128]
     python benchmarks/few_steps.py --table
 
 Writes benchmarks/results/few_steps.json: straightness, and for each number of steps the distance to the original network's
@@ -49,6 +49,14 @@ def sliced_wasserstein(real, generated, directions=256):
     return (a - b).square().mean().sqrt().item()
 
 
+def chance(real, n, draws=10):
+    """Lowest and highest distance of n of the real pictures, drawn at random, to the rest: what a perfect model would get."""
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(real), generator=generator) for _ in range(draws)]
+    distances = [sliced_wasserstein(real[order[n:]], real[order[:n]]) for order in orders]
+    return min(distances), max(distances)
+
+
 def measure(name, model, noise, target, real):
     """Record of one model: S of its paths, and both distances for each number of steps."""
     record, made = dict(counts={}), {}
@@ -77,9 +85,9 @@ def straighten(name, model, images, noise, steps, batch_size, lr):
     return update.ema.model
 
 
-def table():
+def table(path):
     """The result as markdown."""
-    result = json.loads(RESULT.read_text())
+    result = json.loads(path.read_text())
     names = list(result["models"])
     print("| Euler steps | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for n in COUNTS:
@@ -101,16 +109,17 @@ def main():
     parser.add_argument(
         "--data", default="samples", help="its training pictures: folder, zip, parquet folder or Hub id"
     )
-    parser.add_argument("--pairs", type=int, default=512)
+    parser.add_argument("--pairs", type=int, default=768)
     parser.add_argument("--pair-steps", type=int, default=25, help="Euler steps of a pair's picture")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of a reflow")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of a reflow")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-3, help="by fan-in")
     parser.add_argument("--pictures", type=int, default=128, help="made for each figure")
-    parser.add_argument("--table", action="store_true", help="print the table of the last run")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="print the table of the run in --out")
     arguments = parser.parse_args()
     if arguments.table:
-        return table()
+        return table(arguments.out)
     torch.set_num_threads(1)
     start = time.process_time()
     config, weights, metadata = open_weights(arguments.weights)
@@ -118,7 +127,6 @@ def main():
     with open_images(arguments.data, image_size=size) as cache:
         cache.wait()
         real = to_model_range(torch.from_numpy(cache.images.copy()), "cpu", flip=False)
-    shuffled = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(arguments.pairs, model.in_channels, size, size, generator=generator)
     test = torch.randn(arguments.pictures, *noise.shape[1:], generator=generator)
@@ -129,13 +137,13 @@ def main():
         after = straighten(name, model, images, noise, arguments.steps, arguments.batch, arguments.lr)
         models[name], _ = measure(name, after, test, target, real)
     result = dict(
-        **{name: value for name, value in vars(arguments).items() if name not in ("table", "weights")},
-        weights=Path(arguments.weights).name if arguments.weights else "shipped", config=config, image_size=size,
-        training_pictures=len(real), floor=sliced_wasserstein(*shuffled.chunk(2)), models=models,
+        **{name: value for name, value in vars(arguments).items() if name not in ("table", "weights", "out", "data")},
+        weights=Path(arguments.weights).name if arguments.weights else "shipped", data=Path(arguments.data).name, config=config, image_size=size,
+        training_pictures=len(real), chance=chance(real, arguments.pictures), models=models,
         cpu_seconds=round(time.process_time() - start), threads=1, torch=torch.__version__, code=code_version(),
     )  # fmt: skip
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    table()
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    table(arguments.out)
 
 
 if __name__ == "__main__":
