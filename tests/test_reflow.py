@@ -1,6 +1,8 @@
 """Laws of reflow: its distribution of times, its loss, its measure of straightness, and that it straightens."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ from torch import nn
 
 import ld_reflow
 from liquid_diffusion import WeightUpdate, integrate, time_grid
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from few_steps import chance, sliced_wasserstein  # noqa: E402
 
 
 def test_times_have_the_density_of_the_formula():
@@ -94,3 +100,14 @@ def test_reflow_straightens_a_flow_on_a_line(loss):
         (path(velocity, fresh, 1)[-1] - before[-1]).square().mean() for velocity in (mixture_velocity, update.ema.model)
     ]
     assert one_step[1] < one_step[0] / 100
+
+
+def test_distance_of_sets_is_zero_for_a_reordering_and_known_for_a_shift():
+    """A shift moves every projection by its own: the mean square over directions is |shift|^2 / d, 9 % its standard error."""
+    generator = torch.Generator().manual_seed(0)
+    real, shift = torch.randn(300, 3, 8, 8, generator=generator), torch.randn(3, 8, 8, generator=generator)
+    assert sliced_wasserstein(real, real.flip(0)) < 1e-6
+    expected = (shift.norm() / shift.numel() ** 0.5).item()
+    assert sliced_wasserstein(real, real + shift) == pytest.approx(expected, rel=0.15)
+    low, high = chance(real, 100)
+    assert 0 < low < high < sliced_wasserstein(real[100:], real[:100] + shift)
