@@ -130,19 +130,21 @@ def main():
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(arguments.pairs, model.in_channels, size, size, generator=generator)
     test = torch.randn(arguments.pictures, *noise.shape[1:], generator=generator)
-    models = {}
-    models["before"], target = measure("before", model, test, None, real)
+    before, target = measure("before", model, test, None, real)
+    result = dict(
+        **{name: value for name, value in vars(arguments).items() if name not in ("table", "weights", "out", "data")},
+        weights=Path(arguments.weights).name if arguments.weights else "shipped", data=Path(arguments.data).name,
+        config=config, image_size=size, training_pictures=len(real), chance=chance(real, arguments.pictures),
+        models=dict(before=before), threads=1, torch=torch.__version__, code=code_version(),
+    )  # fmt: skip
     images = follow(model, noise, arguments.pair_steps, "pairs")[-1]
     for name in KINDS:
         after = straighten(name, model, images, noise, arguments.steps, arguments.batch, arguments.lr)
-        models[name], _ = measure(name, after, test, target, real)
-    result = dict(
-        **{name: value for name, value in vars(arguments).items() if name not in ("table", "weights", "out", "data")},
-        weights=Path(arguments.weights).name if arguments.weights else "shipped", data=Path(arguments.data).name, config=config, image_size=size,
-        training_pictures=len(real), chance=chance(real, arguments.pictures), models=models,
-        cpu_seconds=round(time.process_time() - start), threads=1, torch=torch.__version__, code=code_version(),
-    )  # fmt: skip
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        result["models"][name], _ = measure(name, after, test, target, real)
+        result["cpu_seconds"] = round(time.process_time() - start)
+        arguments.out.write_text(
+            json.dumps(result, indent=1) + "\n"
+        )  # after each, so that an end in between leaves something
     table(arguments.out)
 
 
