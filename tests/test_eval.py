@@ -101,10 +101,11 @@ def test_kid_of_one_block_is_that_of_torchmetrics():
 
 
 def test_kid_does_not_mind_the_order_of_a_sorted_set():
-    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0] + [1.0] * 7)
     a, b = x[:200], x[200:]
     value, error = ld_eval.kid(a[a[:, 0].argsort()], b)
     assert abs(value) < 3 * error
+    assert error < 3 * ld_eval.kid(a, b)[1]  # blocks that are slices of the sorted set: six times
 
 
 def test_frechet_of_a_stretched_and_shifted_set_by_the_formula():
@@ -184,10 +185,11 @@ def test_velocity_mse_per_time_and_whatever_the_batch():
     assert ld_eval.velocity_mse(Exact(0.25), pictures).max() < 1e-9
     found = ld_eval.velocity_mse(Exact(0.25, error=0.5), pictures)
     torch.testing.assert_close(found, torch.tensor([0.0] * 5 + [0.25] * 5).double(), atol=1e-6, rtol=0)
-    model = nn.Conv2d(3, 3, 1)
-    model.forward = lambda x, t: x * t[:, None, None, None]
+    model, seen = nn.Conv2d(3, 3, 1), []
+    model.forward = lambda x, t: seen.append(t[0].item()) or x * t[:, None, None, None]
     whole, parts = (ld_eval.velocity_mse(model, pictures, batch_size=n) for n in (6, 4))
     torch.testing.assert_close(whole, parts)
+    assert seen[:10] == pytest.approx([0.05 + i / 10 for i in range(10)])
 
 
 def test_copies_are_found_mirrored_or_noisy_and_others_are_not(emoji):
