@@ -234,13 +234,10 @@ def steps_in_equal_time(network):
     return round(STEPS * median(ours / other for ours, other in zip(seconds["ours"], seconds[network])))
 
 
-def compared(data, networks=COMPARED):
-    """Rate curves, then the other seeds at the best rates."""
+def in_equal_steps(data, seed, networks=COMPARED):
+    """Each network at its own best rate."""
     for network in networks:
-        yield from search(data, network)
-    for seed in SEEDS:
-        for network in networks:
-            yield Run(data, network, best_rate(records(), data, network), seed)
+        yield Run(data, network, best_rate(records(), data, network), seed)
 
 
 def in_equal_time(data, seed, networks=COMPARED[1:]):
@@ -256,11 +253,21 @@ def ablated(data, seed, networks=ABLATED):
 
 
 def families(data):
-    """What there is to compare on a set, so that it may be cut short after any seed."""
-    yield from compared(data)
+    """What there is to compare on a set: rate curves, then seed by seed, so that it may be cut short after any."""
+    for network in COMPARED:
+        yield from search(data, network)
     for seed in SEEDS:
+        yield from in_equal_steps(data, seed)
         yield from ablated(data, seed)
         yield from in_equal_time(data, seed)
+
+
+def family(data, network):
+    """One network more."""
+    yield from search(data, network)
+    for seed in SEEDS:
+        yield from in_equal_steps(data, seed, (network,))
+        yield from in_equal_time(data, seed, (network,))
 
 
 def tuned(data, recipe, rates=None):
@@ -284,10 +291,8 @@ def queue():
     yield from tuned("cats", "muon")
     yield from families("fashion")
     yield from untuned("cats")
-    for network in ("resblocks", "dit-2"):
-        yield from compared("cats", (network,))
-        for seed in SEEDS:
-            yield from in_equal_time("cats", seed, (network,))
+    yield from family("cats", "resblocks")
+    yield from family("cats", "dit-2")
     for seed in SEEDS:
         yield from ablated("cats", seed, ABLATED_TOO)
     yield from tuned("cats", "one rate for all", (2e-3, 4e-3, 8e-3, 16e-3))
