@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --root FOLDER [--hours 1]     # the queue: killed and started again it goes on
     python benchmarks/quality.py --root FOLDER --solvers       # quality against the number of sampling steps
-    python benchmarks/quality.py --table
+    python benchmarks/quality.py --table                       # print the tables and put them into docs/quality.md
 
 FOLDER holds the sets named in SETS. Every network has about 0.9M parameters and its own learning rate: four rates at seed 0, more
 by factors of two until the best is not at an end, then seeds 1 and 2 at the best. "Equal time" repeats that rate with as many
@@ -34,6 +34,7 @@ from ld_utils import to_uint8  # noqa: E402
 from liquid_diffusion import RectifiedFlowTrainer  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality"
+DOCS, MARKS = Path(__file__).parent.parent / "docs" / "quality.md", ("<!-- tables -->", "<!-- end of tables -->")
 SETS = {"cats": "afhq-cat-128", "fashion": "fashion-mnist"}  # name here -> folder below --root
 SIZE, BATCH, STEPS, SEEDS, PICTURES = 16, 32, 150, (0, 1, 2), 5153
 RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-in unless the recipe says otherwise
@@ -170,9 +171,9 @@ def sample(trainer, steps, solver, n=320):
     return to_uint8(torch.cat(parts))
 
 
-def solver_study(images, real, lr, steps=600):
+def solver_study(images, real, run):
     """Frechet distance of 320 samples at several numbers of steps of two solvers, one trained network; goes on where it was."""
-    path, run = RESULTS / "sampling-steps.json", Run("cats", "ours", lr, steps=steps)
+    path = RESULTS / "sampling-steps.json"
     study = json.loads(path.read_text()) if path.exists() else dict(asdict(run), machine=machine(), scores={})
     wanted = [f"{solver} {n}" for n in (1, 2, 4, 8, 16, 25, 50) for solver in ("euler", "heun")]
     if set(wanted) <= set(study["scores"]):
@@ -450,6 +451,13 @@ def tables(known):
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts if text)
 
 
+def publish(text):
+    """Print the tables, and put them between the two marks of docs/quality.md."""
+    print(text)
+    before, _, after = DOCS.read_text().partition(MARKS[0])
+    DOCS.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after.partition(MARKS[1])[2]}")
+
+
 def write(path, record):
     """All of the file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -465,7 +473,7 @@ def work(root, hours, samples_folder, solvers):
     if not (RESULTS / "step-times.json").exists():
         write(RESULTS / "step-times.json", step_times(sets["cats"]))
     if solvers:
-        return solver_study(sets["cats"], real["cats"], best_rate(records(), "cats", "ours"))
+        return solver_study(sets["cats"], real["cats"], Run("cats", "ours", best_rate(records(), "cats", "ours")))
     for run in queue():
         path = RESULTS / "runs" / f"{run.name}.json"
         if path.exists():
@@ -483,10 +491,12 @@ def main():
     parser.add_argument(
         "--solvers", action="store_true", help="instead of the queue: score one network at 1 to 50 steps"
     )
-    parser.add_argument("--table", action="store_true", help="print the tables of what was run so far")
+    parser.add_argument(
+        "--table", action="store_true", help="print the tables of what was run so far, for docs/quality.md too"
+    )
     arguments = parser.parse_args()
     if arguments.table:
-        return print(tables(records()))
+        return publish(tables(records()))
     torch.set_num_threads(1)
     work(arguments.root, arguments.hours, arguments.keep, arguments.solvers)
 
