@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ld_eval  # noqa: E402
 from ld_data import open_images, to_model_range  # noqa: E402
 from ld_utils import to_uint8  # noqa: E402
-from liquid_diffusion import RectifiedFlowTrainer  # noqa: E402
+from liquid_diffusion import RectifiedFlowTrainer, WeightUpdate  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 DOCS, MARKS = Path(__file__).parent.parent / "docs" / "quality.md", ("<!-- tables -->", "<!-- end of tables -->")
@@ -88,6 +88,19 @@ def with_muon(trainer, lr):
     update.peak_lrs = [*update.peak_lrs, *[lr] * len(update.optimizer.muon.param_groups)]
 
 
+class SlowStart(WeightUpdate):
+    """Warms the rate up over warmup_steps however short the run is, and not over a twentieth of it at most."""
+
+    @property
+    def lr_scale(self):
+        share = (self.steps + 1) / self.warmup_steps
+        return min(1, share) / min(1, max(share, self.steps / self.total_steps / 0.05))
+
+    @lr_scale.setter
+    def lr_scale(self, value):
+        raise AttributeError("lr_scale follows the warm-up here.")
+
+
 # name -> options of RectifiedFlowTrainer
 RECIPES = {
     "default": dict(by_fan_in=True),
@@ -97,6 +110,7 @@ RECIPES = {
     "plain": dict(by_fan_in=False, time_distribution="uniform"),
     "short average": dict(by_fan_in=True, ema_gamma=50.0),
     "long average": dict(by_fan_in=True, ema_gamma=5.0),
+    "slow start": dict(by_fan_in=True),
 }
 
 
@@ -131,6 +145,8 @@ def trainer_of(run):
     )
     if run.recipe == "muon":
         with_muon(trainer, run.lr)
+    if run.recipe == "slow start":
+        trainer.update.__class__ = SlowStart
     return trainer
 
 
@@ -254,13 +270,22 @@ def ablated(data, seed, networks=ABLATED):
 
 
 def families(data):
-    """What there is to compare on a set: rate curves, then seed by seed, so that it may be cut short after any."""
+    """What there is to compare on a set: rate curves, then the liquid part and the families seed by seed."""
     for network in COMPARED:
         yield from search(data, network)
     for seed in SEEDS:
-        yield from in_equal_steps(data, seed)
+        yield from in_equal_steps(data, seed, COMPARED[:2])
         yield from ablated(data, seed)
+    for seed in SEEDS:
         yield from in_equal_time(data, seed)
+        yield from in_equal_steps(data, seed, COMPARED[2:])
+
+
+def slow_starts(data):
+    """Whether a longer warm-up lets a network bear a higher rate; runs this short have one of eight steps else."""
+    for network in COMPARED[:2]:
+        for lr in (16e-3, 32e-3):
+            yield Run(data, network, lr, recipe="slow start")
 
 
 def family(data, network):
@@ -288,6 +313,10 @@ def untuned(data):
 
 def queue():
     """Every run in order of its worth; what comes later depends on the results before it."""
+    for network in COMPARED:
+        yield from search("cats", network)
+    yield from ablated("cats", 0)
+    yield from slow_starts("cats")
     yield from families("cats")
     yield from tuned("cats", "muon")
     yield from families("fashion")

@@ -1,5 +1,6 @@
 """The comparison's own arithmetic: which runs are asked for, which rate is called the best, what a table calls a difference."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -144,3 +145,10 @@ def test_muon_moves_the_1x1_kernels_and_adamw_all_else():
     assert kernels | adams == everything and not kernels & adams
     assert len(moved) > 0.95 * len(before)
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_slow_start_warms_up_over_50_steps_in_a_run_of_20():
+    trainer = quality.trainer_of(Run("cats", "resblocks", 1e-2, steps=20, recipe="slow start"))
+    images, peak = torch.rand(2, 3, 16, 16) * 2 - 1, trainer.update.peak_lrs[0]
+    found = [trainer.train_step(images)["lr"] / peak for _ in range(4)]
+    assert found == pytest.approx([(i + 1) / 50 * (1 + math.cos(math.pi * i / 20)) / 2 for i in range(4)])
