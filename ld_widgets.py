@@ -8,7 +8,7 @@ import time
 import ipywidgets as widgets
 from tqdm.auto import tqdm
 
-from ld_utils import grid_image
+from ld_utils import grid_image, png
 
 
 def settings_panel(settings):
@@ -89,3 +89,20 @@ def grid_png(pictures, columns=8, scale=3):
     buffer = io.BytesIO()
     image.resize((image.width * scale, image.height * scale), 0).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def figure_sliders(draw, **ranges):
+    """Sliders over the figure draw(**values), drawn anew at each move; ranges: name=(start, low, high) of each value."""
+    sliders = {
+        name: widgets.FloatSlider(value=start, min=low, max=high, step=0.05, description=name)
+        for name, (start, low, high) in ranges.items()
+    }
+    picture = widgets.Image(format="png")
+
+    def redraw(_=None):
+        picture.value = png(draw(**{name: slider.value for name, slider in sliders.items()}))
+
+    for slider in sliders.values():
+        slider.observe(redraw, names="value")
+    redraw()
+    return widgets.VBox([*sliders.values(), picture])

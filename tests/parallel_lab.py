@@ -1,4 +1,4 @@
-"""Runs of one, two and four processes on one cache: `python parallel_lab.py FOLDER` leaves what test_parallel.py looks at."""
+"""Runs of two, three and four processes on one cache: `python parallel_lab.py FOLDER` leaves what test_parallel.py looks at."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fault_lab import open_pictures, settings_for
+from fault_lab import log_saves, open_pictures, settings_for
 
 import ld_data
 import ld_parallel
@@ -21,27 +21,29 @@ class SharedTrainer(ld_parallel.SharedGradients, RectifiedFlowTrainer):
         pass
 
 
-
-def settings_of(run_dir, steps=STEPS, **changes):
-    return settings_for(run_dir, batch_size=BATCH, max_steps=steps, **changes)
-
-
-def work(folder, name, steps, fault=None, **options):
+def work(folder, name, fault=None, precision=None):
     """One process of a run; notes which pictures it reads and its last weights, and suffers the fault if it is the second."""
     ld_parallel.join(timeout=60)
     rank, run_dir = ld_parallel.dist.get_rank(), folder / name
     torch.manual_seed(0 if rank == 0 else 99)  # the first process's weights count
-    trainer = SharedTrainer(LiquidDiffusion(channels=(8, 16), blocks=(1, 1)), device="cpu", lr=1e-3, **options)
+    trainer = SharedTrainer(
+        LiquidDiffusion(channels=(16, 32), blocks=(1, 1)), device="cpu", lr=1e-3, precision=precision
+    )
     cache = open_pictures(folder / "pictures", 8)
     reads = note_reads(cache)
+    run_dir.mkdir(exist_ok=True)
+    log_saves(run_dir / "saves")
     if fault and rank == 1:
         fault(trainer)
-    ld_parallel.train(trainer, cache, settings_of(run_dir, steps))
+    history = ld_parallel.train(trainer, cache, settings_for(run_dir, batch_size=BATCH, max_steps=STEPS))
     trainer.update.settle()
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    counts = {name: getattr(trainer.update, name) for name in ("steps", "skipped")}
+    counts = {name: getattr(trainer.update, name) for name in ("steps", "skipped")} | trainer.update.scaler.state_dict()
     first = trainer.update.ema.model.state_dict() if rank == 0 else None
-    torch.save(dict(weights=weights, ema=first, reads=reads, counts=counts), run_dir / f"end-{rank}.pt")
+    torch.save(
+        dict(weights=weights, ema=first, reads=reads, counts=counts, history=history),
+        run_dir / f"end-{rank}-of-{ld_parallel.dist.get_world_size()}.pt",
+    )
 
 
 def note_reads(cache):
@@ -60,7 +62,9 @@ def note_reads(cache):
             return self.images[rows]
 
     images = ld_data.ImageCache.images.fget
-    cache.__class__ = type("NotingCache", (ld_data.ImageCache,), {"images": property(lambda self: Noting(images(self)))})
+    cache.__class__ = type(
+        "NotingCache", (ld_data.ImageCache,), {"images": property(lambda self: Noting(images(self)))}
+    )
     return reads
 
 
@@ -111,16 +115,15 @@ def outcome(*job, processes):
 def main(folder):
     open_pictures(folder / "pictures", 8).wait().close()
     said = {
-        "two": outcome(folder, "two", STEPS, processes=2),
-        "four": outcome(folder, "four", STEPS, processes=4),
-        "first half": outcome(folder, "resumed", STEPS // 2, processes=2),
-        "second half": outcome(folder, "resumed", STEPS, processes=3),
-        "killed": outcome(folder, "killed", STEPS, die, processes=2),
-        "after the kill": outcome(folder, "killed", STEPS, processes=2),
-        "failed": outcome(folder, "failed", STEPS, fail, processes=2),
-        "stopped": outcome(folder, "stopped", STEPS, stop, processes=2),
-        "bad number": outcome(folder, "bad", STEPS, bad_number, processes=2),
-        "uneven": outcome(folder, "uneven", STEPS, processes=5),
+        "two": outcome(folder, "two", processes=2),
+        "four": outcome(folder, "four", processes=4),
+        "stopped": outcome(folder, "resumed", stop, processes=2),
+        "resumed": outcome(folder, "resumed", processes=3),
+        "killed": outcome(folder, "killed", die, processes=2),
+        "after the kill": outcome(folder, "killed", processes=2),
+        "failed": outcome(folder, "failed", fail, processes=2),
+        "bad number": outcome(folder, "bad", bad_number, torch.float16, processes=2),
+        "uneven": outcome(folder, "uneven", processes=5),
     }
     (folder / "said.json").write_text(json.dumps(said))
 

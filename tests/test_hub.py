@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from fault_lab import open_pictures, settings_for, small_trainer
@@ -18,7 +19,8 @@ from ld_utils import save_grid
 
 TOKEN = "hf_a_secret_that_nobody_may_see"
 SHARE = """
-import os, sys, torch, ld_hub
+import os, torch, ld_hub
+from types import SimpleNamespace
 from huggingface_hub import hf_hub_download
 from ld_checkpoint import load_weights
 from liquid_diffusion import LiquidDiffusion, model_from
@@ -30,6 +32,11 @@ exec(page.split("```python")[1].split("```")[0])
 assert os.path.getsize("samples.png") > 100 and images.shape == (16, 3, 8, 8)
 again = LiquidDiffusion.from_pretrained("owner/faces").state_dict()
 assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+os.environ["LD_HUB_REPO"] = "owner/cell"
+trainer = SimpleNamespace(update=SimpleNamespace(ema=SimpleNamespace(model=model)))
+exec(CELL, dict(os=os, trainer=trainer, settings=SimpleNamespace(run_dir="run")))
+del os.environ["LD_HUB_REPO"]
+exec(CELL, dict(os=os))
 for token in ("hf_wrong", ""):
     os.environ["HF_TOKEN"] = token
     try:
@@ -41,6 +48,13 @@ try:
 except ValueError as error:
     print(error)
 """
+
+
+def share_cell():
+    """The training notebook's last code."""
+    notebook = nbformat.read(Path(__file__).parents[1] / "LiquidDiffusion_Training.ipynb", as_version=4)
+    (found,) = [cell.source for cell in notebook.cells if cell.source.startswith("#@title Share it")]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,7 @@ def shared(folder):
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         places = dict(HF_ENDPOINT=hub.endpoint, HF_HOME=str(folder / "home"), PYTHONPATH=path)
         environment = {**os.environ, **places, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-        command = [sys.executable, "-c", SHARE]
+        command = [sys.executable, "-c", f"CELL = {share_cell()!r}\n{SHARE}"]
         options = dict(
             env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
         )
@@ -76,11 +90,18 @@ def test_the_model_goes_up_and_comes_back_with_its_page_and_grid(shared, folder)
     files = hub.repos["owner/faces"]["main"]
     assert set(files) == {"README.md", "config.json", "model.safetensors", "samples.png"}
     assert files["samples.png"] == (folder / "run" / "samples.png").read_bytes()
-    assert hub.commits == 1
+
+
+def test_the_notebooks_last_cell_shares_only_where_a_repository_is_named(shared):
+    lines, hub = shared
+    assert lines[1].startswith(f"{hub.endpoint}/owner/cell/commit/")
+    assert lines[2] == "Nothing was shared: hub_repo is empty."
+    assert set(hub.repos["owner/cell"]["main"]) == set(hub.repos["owner/faces"]["main"])
+    assert hub.commits == 2
 
 
 def test_without_a_good_token_there_is_a_sentence_and_no_prompt(shared):
-    (_, wrong, without, nothing), hub = shared
+    wrong, without, nothing = shared[0][3:]
     assert re.fullmatch(r"The Hub did not take owner/faces \(.*401.*\); check the name and that the token .*\.", wrong)
     assert re.fullmatch(r"There is no Hub token here; make one .* put it into HF_TOKEN .*\.", without)
     assert re.fullmatch(

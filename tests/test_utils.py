@@ -1,9 +1,11 @@
 """Pictures, checkpoint files, widgets and the live figure."""
 
+import io
 import os
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import ld_utils
@@ -116,3 +118,18 @@ def test_show_grid_outside_a_notebook_does_nothing():
 @pytest.mark.parametrize("count", [1, 5])
 def test_loss_curve_takes_short_histories(tmp_path, count):
     ld_utils.LiveFigure(tmp_path, "").finish([(i, 1.0) for i in range(1, count + 1)])
+
+
+def test_figure_sliders_draw_at_their_values_at_once_and_at_each_move():
+    seen = []
+
+    def draw(**values):
+        seen.append(values)
+        return Figure(figsize=(1 + values["a"], 1))
+
+    first, second, picture = ld_widgets.figure_sliders(draw, a=(1.0, 0.0, 5.0), b=(2.0, 1.0, 3.0)).children
+    before = picture.value
+    first.value = 4.0
+    second.value = 3.0
+    assert seen == [dict(a=1.0, b=2.0), dict(a=4.0, b=2.0), dict(a=4.0, b=3.0)]
+    assert [Image.open(io.BytesIO(png)).width for png in (before, picture.value)] == [200, 500]
