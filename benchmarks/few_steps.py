@@ -98,9 +98,9 @@ def table(path):
         ]
         print(f"| {n} | " + " | ".join(texts) + " |")
     print("| S | " + " | ".join(f"{result['models'][name]['S']:.4f}" for name in names) + " |")
-    print(
-        f"\nrmse to 50 steps before (range of quarters) / sliced Wasserstein; two halves of the data: {result['floor']:.3f}"
-    )
+    low, high = result["chance"]
+    print("\nrmse to 50 steps before (range of quarters) / sliced Wasserstein to the training pictures; ", end="")
+    print(f"as many of those at random: {low:.3f} to {high:.3f}")
 
 
 def main():
