@@ -23,6 +23,7 @@ import weakref
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from ld_decode import to_8bit
 from ld_utils import from_uint8
 
 FORMAT = 1  # of a cache on disk; a change of decoding or layout raises it, and old caches are then filled anew
-LOOK_SECONDS = 0.05  # `batch` looks for new rows this often; each look costs two system calls
+LOOK_SECONDS = 0.5  # `batch` looks for new rows this often; what it has gathered ahead is then void
 SAMPLES = Path(__file__).resolve().parent / "sample_data"
 
 
@@ -153,6 +154,27 @@ def _encode(picture):
     fits_png = picture.mode in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
     ImageOps.exif_transpose(picture).save(file, "PNG" if fits_png else "TIFF")
     return file.getvalue()
+
+
+def original_sizes(source, split="train"):
+    """(width, height) of each picture in a folder or zip, as it lies there and without decoding it; [] for other sources."""
+    path = SAMPLES if str(source) == "samples" else Path(source).expanduser()
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        return []
+    archive = None if path.is_dir() else zipfile.ZipFile(path)
+    sizes = []
+    for name, *_ in tqdm(ld_fill.list_pictures(path, split), desc="sizes", leave=False):
+        with suppress(OSError), Image.open(archive.open(name) if archive else path / name) as picture:
+            sizes.append(picture.size)
+    return sizes
+
+
+def duplicates(images):
+    """Groups of rows of images [N, C, H, W] whose pixels are equal, each a list of two or more, by their hash."""
+    groups = {}
+    for row, image in enumerate(images):
+        groups.setdefault(hashlib.sha256(image.tobytes()).digest(), []).append(row)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 class Report(dict):
@@ -328,27 +350,38 @@ class _LookAhead:
     batches are gathered at a time, because waking a thread takes as long as gathering a batch.
     """
 
-    MOST = 8 << 20  # bytes gathered at a time
+    MOST = 16 << 20  # bytes gathered at a time
 
     def __init__(self):
-        self.queue = deque()  # (indices [B], future of a block [K, B, 3, H, W], position in the block)
+        self.queue = deque()  # (future of a block, position in it); a block: K times (indices, pictures)
         self.thread = ThreadPoolExecutor(1)
+        self.copy = None
 
     def take(self, images, index, generator):
         """Rows `index` [B], just drawn from `generator` below len(images): uint8 [B, 3, H, W]."""
-        if self.queue and torch.equal(self.queue[0][0], index):
-            _, block, position = self.queue.popleft()
-        else:
+        batch, wrong = None, self.copy is None
+        if self.queue:
+            block, position = self.queue.popleft()
+            if block.done():  # on a busy machine the thread may come too late, and is not waited for
+                guess, pictures = block.result()[position]
+                wrong = not torch.equal(guess, index)
+                batch = None if wrong else pictures
+        if batch is None:
+            batch = _gather(images, index)
+        if wrong:
             self.queue.clear()
-            self.copy, self.count, block = generator.clone_state(), 1, None
-        late = block is None or not block.done()  # on a busy machine the thread may come too late to be waited for
-        batch = _gather(images, index) if late else block.result()[position]
+            self.copy, self.count = generator.clone_state(), 1
         if len(self.queue) <= self.count // 2:
             self.count = min(2 * self.count, max(1, self.MOST // max(1, batch.nbytes)))
-            guesses = [torch.randint(len(images), index.shape, generator=self.copy) for _ in range(self.count)]
-            block = self.thread.submit(_gather, images, torch.stack(guesses))
-            self.queue.extend((guess, block, position) for position, guess in enumerate(guesses))
+            block = self.thread.submit(_guess, images, len(index), self.count, self.copy)
+            self.queue.extend((block, position) for position in range(self.count))
         return batch
+
+
+def _guess(images, batch_size, count, generator):
+    """The next `count` draws of a generator: as many pairs of indices [B] and pictures [B, 3, H, W]."""
+    index = torch.stack([torch.randint(len(images), (batch_size,), generator=generator) for _ in range(count)])
+    return list(zip(index.unbind(), _gather(images, index).unbind()))
 
 
 def _gather(images, index):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import statistics
 import threading
 import time
 from dataclasses import asdict
@@ -34,11 +35,16 @@ def train(trainer, cache, settings, open_cache=None):
     """
     open_cache = open_cache or (lambda size: open_images(settings.source, size))
     run = Run(trainer, cache, settings, open_cache)
-    with Signals() as signals, Screen(run) as screen:
-        run.say = trainer.say = screen.say
+    return follow(run, Screen(run))
+
+
+def follow(run, screen):
+    """Train a Run to its end, or to the signal that ends it; returns its history."""
+    with Signals() as signals, screen:
+        run.say = run.trainer.say = screen.say
         run.resume()
         started = run.seen
-        while not run.over() and not signals.received:
+        while not run.over(stop=signals.received):
             run.step()
             screen.refresh()
             run.keep()
@@ -78,19 +84,23 @@ class Run:
         steps = self.settings.max_steps
         return min(1.0, self.seen / steps if steps else self.clock.progress(self.keeper.seconds))
 
-    def over(self):
-        return self.progress() >= 1
+    def over(self, stop=False):
+        return bool(stop) or self.progress() >= 1
 
     def step(self):
         """One batch."""
         self.trainer.progress = self.progress()
         self.enter_stage()
-        batch = self.caches[self.stage].batch(self.settings.batch_size, generator=self.order)
-        metrics = self.trainer.train_step(to_model_range(batch, self.trainer.device, generator=self.flips))
+        metrics = self.trainer.train_step(self.pictures())
         self.seen += 1
         self.fresh.append(metrics["loss"])
         if self.trainer.update.skipped_in_a_row >= PATIENCE:
             self.recover()
+
+    def pictures(self):
+        """The next batch, [B, 3, H, W] in [-1, 1] on the trainer's device."""
+        batch = self.caches[self.stage].batch(self.settings.batch_size, generator=self.order)
+        return to_model_range(batch, self.trainer.device, generator=self.flips)
 
     def collect(self):
         """Read the losses that still lie on the device: one wait for all of them."""
@@ -314,7 +324,7 @@ class Clock:
     def __init__(self, settings):
         self.budget, self.save_every = settings.minutes * 60, settings.save_every
         self.start = self.last_save = time.monotonic()
-        self.preview_seconds, self.furthest = 0.0, 0.0
+        self.previews, self.furthest = [], 0.0  # seconds of each preview; progress at its furthest
         # the notebook shows about 1.6 times the final grid's work; a preview is 24 pictures of 20 steps
         self.final_previews = 1 + 1.6 * settings.samples * settings.steps / (24 * 20)
 
@@ -326,9 +336,13 @@ class Clock:
     def elapsed(self):
         return time.monotonic() - self.start
 
+    def preview_seconds(self):
+        """The median of the previews so far, so that one that met a stall of the machine does not end the run early."""
+        return statistics.median_low(self.previews) if self.previews else 0.0
+
     def progress(self, save_seconds):
         """Share of the time, less what the end will take by the measure of previews and saves so far; it never falls."""
-        reserve = self.preview_seconds * self.final_previews + 2 * save_seconds
+        reserve = self.preview_seconds() * self.final_previews + 2 * save_seconds
         usable = self.budget - min(reserve, self.budget / 3)
         self.furthest = max(self.furthest, self.elapsed() / usable)
         return self.furthest
@@ -369,7 +383,7 @@ class Screen:
         self.training += now - self.last_bar
         self.run.collect()
         self.report()
-        if now - self.last_preview >= self.preview_every:
+        if now - self.last_preview >= max(self.preview_every, 20 * self.run.clock.preview_seconds()):
             self.preview()
         self.last_bar = time.monotonic()
 
@@ -393,8 +407,7 @@ class Screen:
         )
         self.live.update(self.run.history, pictures)
         self.last_preview = time.monotonic()
-        seconds = self.run.clock.preview_seconds = self.last_preview - start
-        self.preview_every = max(self.preview_every, 20 * seconds)
+        self.run.clock.previews.append(self.last_preview - start)
 
     def finish(self):
         """The last picture of the run: bar, figure, loss.png."""

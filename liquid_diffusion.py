@@ -7,11 +7,14 @@ This file is exported from LiquidDiffusion_Training.ipynb; edit the notebook, th
 """
 
 import copy
+import json
 import math
+import os
 from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, load_state_dict_from_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -183,11 +186,16 @@ class LiquidDiffusionBlock(nn.Module):
         self.mix = MultiScaleSpatialMix(channels, t_dim)
         self.norm_ff = AdaLN(channels, t_dim)
         self.ff = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, channels, 1))
-        self.lean = False  # True: lean_block, the same function
+        self.lean = self.checkpointing = False  # see set_lean and set_gradient_checkpointing
 
     def forward(self, x, t, t_emb):
         if self.lean:
             return lean_block(self, x, t, t_emb)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.formulas, x, t, t_emb, use_reentrant=False)
+        return self.formulas(x, t, t_emb)
+
+    def formulas(self, x, t, t_emb):
         normed = self.norm_cfc(x, t_emb)
         x = self.relaxation(x, normed, self.cfc(normed, t_emb), t)
         x = x + self.mix(x, t_emb)
@@ -285,7 +293,7 @@ class LeanCell(torch.autograd.Function):
     """LiquidRelaxation(x, n, ParallelCfC(n)) with n = AdaLN(x); scale to extra are [B, C, 1, 1], the rest weights and biases."""
 
     @staticmethod
-    def forward(ctx, x, scale, shift, a, b, rate, stay, extra, w7, b7, w1, b1, wu, bu, wv, bv, *heads):
+    def forward(ctx, keep, x, scale, shift, a, b, rate, stay, extra, w7, b7, w1, b1, wu, bu, wv, bv, *heads):
         _, center, rstd, slope, offset = normalisation(x, scale, shift)
         n = affine(x, slope, offset)
         d = conv(n, w7, b7)
@@ -293,7 +301,8 @@ class LeanCell(torch.autograd.Function):
         z = F.silu(p)
         _, g, h, gate = liquid_heads(z, conv(z, wu, bu), conv(z, wv, bv), a, b, *heads)
         small = (center, rstd, slope, offset, a, b, rate, stay, extra)
-        ctx.save_for_backward(x, d, p, *small, w7, w1, wu, bu, wv, bv, *heads)
+        kept = (d, p) if keep else (None, None)
+        ctx.save_for_backward(x, *kept, *small, w7, b7, w1, b1, wu, bu, wv, bv, *heads)
         out = x if stay is None else x * stay
         out = out if extra is None else torch.addcmul(out, n, extra)
         return torch.addcmul(out, torch.lerp(h, g, gate), rate).to(x.dtype)
@@ -301,14 +310,19 @@ class LeanCell(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return liquid_cell_backward(grad, *ctx.saved_tensors)
+        return None, *liquid_cell_backward(grad, *ctx.saved_tensors)
 
 
 def liquid_cell_backward(
-    grad, x, d, p, center, rstd, slope, offset, a, b, rate, stay, extra, w7, w1, wu, bu, wv, bv, wf, bf, wg, bg, wh, bh
-):
+    grad, x, d, p, center, rstd, slope, offset, a, b, rate, stay, extra,
+    w7, b7, w1, b1, wu, bu, wv, bv, wf, bf, wg, bg, wh, bh,
+):  # fmt: skip
     """Gradients of LeanCell by each of its inputs."""
-    n, z = affine(x, slope, offset), F.silu(p)
+    n = affine(x, slope, offset)
+    if d is None:
+        d = conv(n, w7, b7)
+        p = conv(d, w1, b1)
+    z = F.silu(p)
     u, v = conv(z, wu, bu), conv(z, wv, bv)
     f, g, h, gate = liquid_heads(z, u, v, a, b, wf, bf, wg, bg, wh, bh)
     d_cfc = (grad * rate).to(x.dtype)
@@ -337,53 +351,63 @@ class LeanMix(torch.autograd.Function):
     """x + MultiScaleSpatialMix(x), by its merged kernel w7, b7; norm and pool [C, 1, 1], scale and shift [B, C, 1, 1]."""
 
     @staticmethod
-    def forward(ctx, x, norm_scale, norm_shift, pool, scale, shift, w7, b7, w1, b1):
+    def forward(ctx, keep, x, norm_scale, norm_shift, pool, scale, shift, w7, b7, w1, b1):
         mean, center, rstd, slope, offset = normalisation(x, norm_scale, norm_shift)
         level = mean * slope + offset  # mean of the normalised map
         m = conv(affine(x, slope, offset), w7, b7)
         shift = shift + pool * level * scale
-        ctx.save_for_backward(x, m, center, rstd, slope, offset, level, pool, scale, shift, w7, w1)
+        ctx.save_for_backward(
+            x, m if keep else None, center, rstd, slope, offset, level, pool, scale, shift, w7, b7, w1
+        )
         return conv(F.silu(affine(m, scale, shift)), w1, b1).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, m, center, rstd, slope, offset, level, pool, scale, shift, w7, w1 = ctx.saved_tensors
+        x, m, center, rstd, slope, offset, level, pool, scale, shift, w7, b7, w1 = ctx.saved_tensors
+        n = affine(x, slope, offset)
+        m = conv(n, w7, b7) if m is None else m
         modulated = affine(m, scale, shift)
         ds, *d_w1 = conv_backward(grad, F.silu(modulated), w1)
         d_mod = silu_backward(ds, modulated)
         d_shift = pixel_sum(d_mod)
         d_scale = pixel_sum(d_mod, m) + d_shift * pool * level
         d_pooled = d_shift * scale
-        dn, *d_w7 = conv_backward((d_mod * scale).to(x.dtype), affine(x, slope, offset), w7)
+        dn, *d_w7 = conv_backward((d_mod * scale).to(x.dtype), n, w7)
         dn = (dn + d_pooled * pool / x[0, 0].numel()).to(x.dtype)
         dx, d_norm_scale, d_norm_shift = norm_backward(dn, x, center, rstd, slope)
         small = (d_norm_scale.sum(0), d_norm_shift.sum(0), (d_pooled * level).sum(0), d_scale, d_shift)
-        return dx.add_(grad), *small, *d_w7, *d_w1
+        return None, dx.add_(grad), *small, *d_w7, *d_w1
 
 
 class LeanFeedForward(torch.autograd.Function):
     """x + ff(AdaLN(x)); scale and shift [B, C, 1, 1]."""
 
     @staticmethod
-    def forward(ctx, x, scale, shift, w1, b1, w2, b2):
+    def forward(ctx, keep, x, scale, shift, w1, b1, w2, b2):
         _, center, rstd, slope, offset = normalisation(x, scale, shift)
         hidden = conv(affine(x, slope, offset), w1, b1)  # [B, 2.5 C, H, W]
-        ctx.save_for_backward(x, hidden, center, rstd, slope, offset, w1, w2)
+        ctx.save_for_backward(x, hidden if keep else None, center, rstd, slope, offset, w1, b1, w2)
         return conv(F.silu(hidden), w2, b2).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, hidden, center, rstd, slope, offset, w1, w2 = ctx.saved_tensors
+        x, hidden, center, rstd, slope, offset, w1, b1, w2 = ctx.saved_tensors
+        n = affine(x, slope, offset)
+        hidden = conv(n, w1, b1) if hidden is None else hidden
         ds, *d_w2 = conv_backward(grad, F.silu(hidden), w2)
-        dn, *d_w1 = conv_backward(silu_backward(ds, hidden), affine(x, slope, offset), w1)
+        dn, *d_w1 = conv_backward(silu_backward(ds, hidden), n, w1)
         dx, d_scale, d_shift = norm_backward(dn, x, center, rstd, slope)
-        return dx.add_(grad), d_scale, d_shift, *d_w1, *d_w2
+        return None, dx.add_(grad), d_scale, d_shift, *d_w1, *d_w2
 
 
 def lean_block(block, x, t, t_emb):
-    """What LiquidDiffusionBlock.forward computes by the formulas; half-precision autocast holds for the whole block."""
+    """What LiquidDiffusionBlock computes by the formulas; half-precision autocast holds for the whole block.
+
+    With block.checkpointing each of the three functions keeps its x alone of the maps and computes the others again.
+    """
+    keep = not block.checkpointing
     device, cell, mix = x.device.type, block.cfc, block.mix
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     times = (block.norm_cfc.linear, cell.time_a, cell.time_b, mix.modulation.linear, block.norm_ff.linear)
@@ -397,11 +421,13 @@ def lean_block(block, x, t, t_emb):
         weights = weights_of(
             cell.spatial, cell.backbone[0], cell.g[0], cell.h[0], cell.f, cell.g[2], cell.h[2], dtype=dtype
         )
-        x = LeanCell.apply(x.to(dtype), 1 + cell_scale, cell_shift, a, b, *block.relaxation.shares(t), *weights)
+        x = LeanCell.apply(keep, x.to(dtype), 1 + cell_scale, cell_shift, a, b, *block.relaxation.shares(t), *weights)
         weights = [p.to(dtype) for p in mix.merged_kernel()] + weights_of(mix.project, dtype=dtype)
         fixed = (p[:, None, None] for p in (mix.norm.weight, mix.norm.bias, mix.pool_weight))  # [C, 1, 1]
-        x = LeanMix.apply(x, *fixed, 1 + mix_scale, mix_shift, *weights)
-        return LeanFeedForward.apply(x, 1 + ff_scale, ff_shift, *weights_of(block.ff[0], block.ff[2], dtype=dtype))
+        x = LeanMix.apply(keep, x, *fixed, 1 + mix_scale, mix_shift, *weights)
+        return LeanFeedForward.apply(
+            keep, x, 1 + ff_scale, ff_shift, *weights_of(block.ff[0], block.ff[2], dtype=dtype)
+        )
 
 
 def set_lean(model, on=True):
@@ -468,18 +494,14 @@ def check_architecture(channels, blocks, t_dim, in_channels):
 
 
 class Stage(nn.ModuleList):
-    """Blocks in a row, x [B, C, H, W] -> [B, C, H, W]; with checkpointing each block is recomputed in the backward pass."""
+    """Blocks in a row, x [B, C, H, W] -> [B, C, H, W]."""
 
     def __init__(self, channels, count, t_dim, **options):
         super().__init__(LiquidDiffusionBlock(channels, t_dim, **options) for _ in range(count))
-        self.checkpointing = False
 
     def forward(self, x, t, t_emb):
         for block in self:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, t, t_emb, use_reentrant=False)
-            else:
-                x = block(x, t, t_emb)
+            x = block(x, t, t_emb)
         return x
 
 
@@ -515,24 +537,34 @@ class Decoder(nn.Module):
 
 
 def set_gradient_checkpointing(model, on=True):
-    """Keep only the input of each block and compute the rest again on the way back: less memory, about a quarter more time."""
+    """Keep less of each block and compute the rest again on the way back: the input of each lean function, or of each block."""
     for module in model.modules():
-        if isinstance(module, Stage):
+        if isinstance(module, LiquidDiffusionBlock):
             module.checkpointing = on
 
 
-class LiquidDiffusion(nn.Module):
+class LiquidDiffusion(
+    nn.Module, PyTorchModelHubMixin, library_name="liquid-diffusion", pipeline_tag="unconditional-image-generation",
+    repo_url="https://github.com/krystv/liquid-diffusion",
+):  # fmt: skip
     """Attention-free U-Net of liquid blocks: x [B, in_channels, H, W], t [B] in [0, 1] -> velocity, the shape of x.
 
     channels, blocks: per stage. t_dim: width of the time embedding (channels[0] if None). options: relaxation, expansion.
     H and W must be multiples of 2 ** (stages - 1), else ValueError. LiquidDiffusion(**model.config) builds it again.
+    save_pretrained(folder) and push_to_hub("owner/name") write config.json and model.safetensors, from_pretrained reads them.
     """
+
+    @classmethod
+    def from_pretrained(cls, name, **download):
+        """The network that lies in a folder or on the Hub; its files are checked first: see read_pretrained, model_from."""
+        return model_from(*read_pretrained(name, **download)).eval()
 
     def __init__(self, channels, blocks, t_dim=None, in_channels=3, gradient_checkpointing=False, lean=True, **options):
         super().__init__()
         channels, blocks, t_dim = list(channels), list(blocks), t_dim or channels[0]
         check_architecture(channels, blocks, t_dim, in_channels)
         self.config = dict(channels=channels, blocks=blocks, t_dim=t_dim, in_channels=in_channels, **options)
+        self._hub_mixin_config = self.config  # what save_pretrained writes
         self.in_channels, self.multiple, first = in_channels, 2 ** (len(channels) - 1), channels[0]
 
         self.time = TimeEmbedding(t_dim)
@@ -1084,3 +1116,26 @@ def model_from(config, weights):
     model = LiquidDiffusion(**config)
     model.load_state_dict(weights)
     return model
+
+
+def read_pretrained(name, **download):
+    """(config, weights) from `name`, a folder that save_pretrained wrote or "owner/name" on the Hub; no code in them is run.
+
+    download: token, revision, cache_dir and the others of hf_hub_download. ValueError, one sentence, if they cannot be read.
+    """
+    name = str(name)
+    if name in PRESETS and not os.path.isdir(name):
+        raise ValueError(f"{name!r} is a preset and has no weights; liquid_diffusion({name!r}) builds it untrained.")
+    try:
+        files = ("config.json", "model.safetensors")
+        if not os.path.isdir(name):
+            paths = [hf_hub_download(name, file, **download) for file in files]
+        else:
+            paths = [os.path.join(name, file) for file in files]
+        with open(paths[0], encoding="utf-8") as file:
+            return json.load(file), load_state_dict_from_file(paths[1])
+    except Exception as error:  # whatever the Hub or a reader trips over in files of anybody's making
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"No model can be read from {name} ({reason}); give a folder or owner/name with config.json and model.safetensors."
+        ) from error

@@ -31,10 +31,10 @@ print("complete", flush=True)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Pictures large enough that one fill outlasts many kills."""
+    """Pictures large enough that a fill goes on for a long while after any row at which it is killed."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(ROWS):
-        (folder / f"{number}.png").write_bytes(numbered_png(number, side=500))
+        (folder / f"{number}.png").write_bytes(numbered_png(number, side=1000))
     return folder
 
 

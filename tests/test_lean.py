@@ -19,6 +19,7 @@ from liquid_diffusion import (
     conv_gradients,
     liquid_diffusion_nano,
     normalisation,
+    set_gradient_checkpointing,
     set_lean,
 )
 
@@ -93,24 +94,26 @@ def small(*shape):
     return torch.randn(shape, dtype=DOUBLE, requires_grad=True)
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("stay, extra", [(False, False), (False, True), (True, False), (True, True)])
-def test_gradcheck_of_the_cell(stay, extra):
+def test_gradcheck_of_the_cell(stay, extra, keep):
     torch.manual_seed(2)
     c, half, n = 8, 4, 2
     factors = [small(n, c, 1, 1) for _ in range(5)] + [small(n, c, 1, 1) if on else None for on in (stay, extra)]
     shapes = [(c, 1, 7, 7), (half, c, 1, 1), (half, 1, 3, 3), (half, 1, 3, 3)] + [(c, half, 1, 1)] * 3
     weights = [v for shape in shapes for v in (small(*shape), small(shape[0]))]
-    assert torch.autograd.gradcheck(LeanCell.apply, (small(n, c, 2, 3), *factors, *weights), fast_mode=True)
+    assert torch.autograd.gradcheck(LeanCell.apply, (keep, small(n, c, 2, 3), *factors, *weights), fast_mode=True)
 
 
-def test_gradcheck_of_mix_and_feed_forward():
+@pytest.mark.parametrize("keep", [True, False])
+def test_gradcheck_of_mix_and_feed_forward(keep):
     torch.manual_seed(3)
     c, n = 8, 2
     mix = [small(c, 1, 1) for _ in range(3)] + [small(n, c, 1, 1) for _ in range(2)]
     weights = (small(c, 1, 7, 7), small(c), small(c, c, 1, 1), small(c))
-    assert torch.autograd.gradcheck(LeanMix.apply, (small(n, c, 2, 3), *mix, *weights), fast_mode=True)
+    assert torch.autograd.gradcheck(LeanMix.apply, (keep, small(n, c, 2, 3), *mix, *weights), fast_mode=True)
     weights = (small(12, c, 1, 1), small(12), small(c, 12, 1, 1), small(c))
-    args = (small(n, c, 2, 3), small(n, c, 1, 1), small(n, c, 1, 1), *weights)
+    args = (keep, small(n, c, 2, 3), small(n, c, 1, 1), small(n, c, 1, 1), *weights)
     assert torch.autograd.gradcheck(LeanFeedForward.apply, args, fast_mode=True)
 
 
@@ -144,15 +147,17 @@ def test_autocast_stays_near_float32_and_in_half_precision():
             assert torch.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > 0.98
 
 
-def test_a_block_keeps_eight_maps():
+def test_a_block_keeps_eight_maps_and_three_with_checkpointing():
     block, map_bytes = LiquidDiffusionBlock(64, t_dim=16), 4 * 64 * 32 * 32
 
-    def maps_per_picture(lean):
+    def maps_per_picture(lean, checkpointing=False):
         set_lean(block, lean)
+        set_gradient_checkpointing(block, checkpointing)
         few, more = (kept_bytes(block, torch.randn(n, 64, 32, 32), torch.rand(n), torch.randn(n, 16)) for n in (2, 3))
         return (more - few) / map_bytes
 
     assert maps_per_picture(lean=True) < 8.1
+    assert maps_per_picture(lean=True, checkpointing=True) < 3.1
     assert maps_per_picture(lean=False) > 24
 
 

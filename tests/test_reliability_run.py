@@ -131,9 +131,11 @@ def test_what_the_end_takes_is_kept_free_and_progress_never_falls(monkeypatch):
     clock = Clock(settings)
     clock.start -= 30
     assert clock.progress(0.0) == pytest.approx(0.5, abs=0.01)
-    clock.preview_seconds = 2.0  # one preview, and the next section's pictures: 1.6 of it
+    clock.previews = [2.0]  # one preview, and the next section's pictures: 1.6 of it
     assert clock.progress(save_seconds=3.0) == pytest.approx(30 / (60 - 2 * 2.6 - 6), abs=0.01)
-    clock.preview_seconds = 0.0
+    clock.previews = [2.0, 2.0, 90.0]  # the machine stood still during the last
+    assert clock.preview_seconds() == 2.0
+    clock.previews = []
     assert clock.progress(0.0) > 0.6
 
 
