@@ -4,8 +4,8 @@
     python benchmarks/few_steps.py --table
 
 Writes benchmarks/results/few_steps.json: straightness, and for each number of steps the distance to the original network's
-50-step pictures of the same noise, and the sliced Wasserstein distance to the training pictures. Lower is better. The noise is
-not among the pairs; the range is over four quarters of it.
+50-step pictures of the same noise, and the Frechet and sliced Wasserstein distances to the training pictures. Lower is better.
+The noise is not among the pairs; the range is over four quarters of it.
 """
 
 import argparse
@@ -24,9 +24,11 @@ sys.path.insert(0, str(ROOT))
 import ld_reflow  # noqa: E402
 from ld_checkpoint import code_version, open_weights  # noqa: E402
 from ld_data import open_images, to_model_range  # noqa: E402
+from ld_eval import RandomFeatures, features, frechet, sliced_wasserstein  # noqa: E402
 from liquid_diffusion import WeightUpdate, integrate, model_from, time_grid  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "few_steps.json"
+EXTRACTOR = RandomFeatures()
 COUNTS = (1, 2, 4, 8, 25, 50)
 KINDS = {  # name -> times and loss of the reflow
     "plain": (ld_reflow.uniform_times, ld_reflow.squared_error),
@@ -41,20 +43,20 @@ def follow(model, noise, steps, bar=None):
     return torch.cat([torch.stack(list(integrate(model, part, time_grid(steps)))) for part in parts], dim=1)
 
 
-def sliced_wasserstein(real, generated, directions=256):
-    """Root of the mean squared Wasserstein-2 distance along fixed random directions between pictures [N, C, H, W]."""
-    axes = torch.randn(real[0].numel(), directions, generator=torch.Generator().manual_seed(0))
-    levels = (torch.arange(100) + 0.5) / 100
-    a, b = (torch.quantile(x.flatten(1) @ (axes / axes.norm(dim=0)), levels, dim=0) for x in (real, generated))
-    return (a - b).square().mean().sqrt().item()
+def distances(real, generated):
+    """Frechet distance of fixed random features, and sliced Wasserstein distance of the pixels, of pictures [N, C, H, W]."""
+    return dict(
+        frechet=frechet(features(real, EXTRACTOR), features(generated, EXTRACTOR)),
+        wasserstein=sliced_wasserstein(real.flatten(1), generated.flatten(1)),
+    )
 
 
 def chance(real, n, draws=10):
-    """Lowest and highest distance of n of the real pictures, drawn at random, to the rest: what a perfect model would get."""
+    """Lowest and highest of both distances of n of the real pictures, drawn at random, to the rest: what a perfect model would get."""
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(real), generator=generator) for _ in range(draws)]
-    distances = [sliced_wasserstein(real[order[n:]], real[order[:n]]) for order in orders]
-    return min(distances), max(distances)
+    found = [distances(real[order[n:]], real[order[:n]]) for order in orders]
+    return {name: [min(d[name] for d in found), max(d[name] for d in found)] for name in found[0]}
 
 
 def measure(name, model, noise, target, real):
@@ -69,9 +71,7 @@ def measure(name, model, noise, target, real):
     for n, pictures in made.items():
         errors = (pictures - target).square().flatten(1).mean(1)  # [N]
         quarters = [part.mean().sqrt().item() for part in errors.chunk(4)]
-        record["counts"][n] = dict(
-            rmse=errors.mean().sqrt().item(), quarters=quarters, wasserstein=sliced_wasserstein(real, pictures)
-        )
+        record["counts"][n] = dict(rmse=errors.mean().sqrt().item(), quarters=quarters, **distances(real, pictures))
     return record, target
 
 
@@ -92,15 +92,16 @@ def table(path):
     print("| Euler steps | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for n in COUNTS:
         cells = [result["models"][name]["counts"][str(n)] for name in names]
-        texts = [
-            f"{c['rmse']:.3f} ({min(c['quarters']):.3f} to {max(c['quarters']):.3f}) / {c['wasserstein']:.3f}"
-            for c in cells
-        ]
+        spreads = [f"({min(c['quarters']):.3f} to {max(c['quarters']):.3f})" for c in cells]
+        texts = [f"{c['rmse']:.3f} {x} / {c['frechet']:.2f} / {c['wasserstein']:.3f}" for c, x in zip(cells, spreads)]
         print(f"| {n} | " + " | ".join(texts) + " |")
     print("| S | " + " | ".join(f"{result['models'][name]['S']:.4f}" for name in names) + " |")
+    ranges = [f"{low:.3f} to {high:.3f}" for low, high in result["chance"].values()]
     print(
-        f"\nrmse to 50 steps before (range of quarters) / sliced Wasserstein; two halves of the data: {result['floor']:.3f}"
+        "\nrmse to 50 steps before (range of quarters) / Frechet / sliced Wasserstein distance to the training pictures; ",
+        end="",
     )
+    print("as many of those at random: " + " / ".join(ranges))
 
 
 def main():
