@@ -1,6 +1,7 @@
 # make train    trains in a fresh environment: SOURCE=folder|zip|Hub id  PRESET=tiny  SIZE=64  MINUTES=30  BATCH=128  SEED=0
 # make test     everything CI checks, with today's newest packages
 # make test-colab   the same unit tests and notebook smoke with Colab's versions
+# make browser  two notebooks in JupyterLab, driven by headless Chromium; screenshots in .venv/browser
 # make text     the notebook as nb.py, to edit it as text;   make notebook   nb.py back into the notebook and the module
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ NOTEBOOK  := LiquidDiffusion_Training.ipynb
 NOTEBOOKS := $(NOTEBOOK) $(wildcard notebooks/*.ipynb)
 CANONICAL := --extra-keys "metadata.language_info metadata.jupytext cell.id cell.metadata.id cell.metadata.lines_to_next_cell cell.metadata.outputId cell.metadata.executionInfo"
 
-.PHONY: train test test-colab check unit smoke canonical export text notebook clean
+.PHONY: train test test-colab check unit smoke browser canonical export text notebook clean
 .DELETE_ON_ERROR:
 
 LD_SOURCE     ?= $(SOURCE)
@@ -39,6 +40,12 @@ unit: $(VENV)/dev
 
 smoke: $(VENV)/dev
 	LD_SMOKE=1 LD_SOURCE= LD_RUN_DIR=$(VENV)/smoke $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(NOTEBOOKS)
+
+browser: $(VENV)/dev
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } || \
+	  { echo "There is no Chromium here; install it (Debian: apt install chromium) and run 'make browser' again."; exit 1; }
+	LD_SHOTS=$(VENV)/browser $(BIN)/python -m pytest tests/browser.py
 
 test-colab: $(VENV)-colab/dev
 	$(MAKE) unit smoke VENV=$(VENV)-colab

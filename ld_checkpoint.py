@@ -23,6 +23,7 @@ import torch
 
 FORMAT = 1  # of a checkpoint; a change that older code cannot read raises it
 NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint-previous.pt", "best.pt"
+SHIPPED = Path(__file__).resolve().parent / "sample_data" / "emoji-nano-32.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -133,6 +134,21 @@ def load_weights(path):
         raise CheckpointError(f"{path} is damaged or no safetensors file; use another file.") from None
     except KeyError:
         raise CheckpointError(f"{path} does not name its network; use a file that save_weights wrote.") from None
+
+
+def open_weights(path=None):
+    """(config, weights, metadata) of the file that LD_WEIGHTS names, else of `path`, else of the network that ships with the project.
+
+    metadata: the texts given to save_weights, or the settings of a checkpoint's run. CheckpointError if unreadable.
+    """
+    path = Path(os.environ.get("LD_WEIGHTS") or path or SHIPPED)
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}; name the weights.safetensors or the checkpoint.pt of a run.")
+    config, weights = load_weights(path)
+    if path.suffix != ".safetensors":
+        return config, weights, load_checkpoint(path).get("settings", {})
+    with safetensors.safe_open(path, "pt") as file:
+        return config, weights, {name: text for name, text in file.metadata().items() if name != "config"}
 
 
 # ---- the files of a run ---------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import weakref
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,27 @@ def _encode(picture):
     fits_png = picture.mode in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
     ImageOps.exif_transpose(picture).save(file, "PNG" if fits_png else "TIFF")
     return file.getvalue()
+
+
+def original_sizes(source, split="train"):
+    """(width, height) of each picture in a folder or zip, as it lies there and without decoding it; [] for other sources."""
+    path = SAMPLES if str(source) == "samples" else Path(source).expanduser()
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        return []
+    archive = None if path.is_dir() else zipfile.ZipFile(path)
+    sizes = []
+    for name, *_ in tqdm(ld_fill.list_pictures(path, split), desc="sizes", leave=False):
+        with suppress(OSError), Image.open(archive.open(name) if archive else path / name) as picture:
+            sizes.append(picture.size)
+    return sizes
+
+
+def duplicates(images):
+    """Groups of rows of images [N, C, H, W] whose pixels are equal, each a list of two or more, by their hash."""
+    groups = {}
+    for row, image in enumerate(images):
+        groups.setdefault(hashlib.sha256(image.tobytes()).digest(), []).append(row)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 class Report(dict):

@@ -207,7 +207,7 @@ class SharedRun(Run):
 
     def load(self, state):
         super().load(state)
-        if "epoch" in state["run"] and state["run"]["epoch"][1]:  # neither in a run of ld_train nor before the first step
+        if state["run"].get("epoch", [0, 0])[1]:  # not in a run of ld_train, nor before the first step
             self.start_epoch(*state["run"]["epoch"])
 
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -212,12 +213,17 @@ def parse_plan(text):
     return [Stage(size, end / total) for (size, _), end in zip(pairs, ends)]
 
 
+def read_values(**values):
+    """The form's values as attributes; LD_<NAME> in the environment wins. ValueError for a text where a number belongs."""
+    texts = {name: os.environ.get(f"LD_{name.upper()}") for name in values}
+    return SimpleNamespace(
+        **{name: _parse(name, texts[name], type(value)) if texts[name] else value for name, value in values.items()}
+    )
+
+
 def read_settings(**values):
     """Settings from the form's values; LD_<NAME> in the environment wins, and "auto" or 0 is chosen by the machine."""
-    for name, value in values.items():
-        text = os.environ.get(f"LD_{name.upper()}")
-        if text:
-            values[name] = _parse(name, text, type(value))
+    values = vars(read_values(**values))
     gpu = torch.cuda.is_available()
     auto = dict(source="huggan/CelebA-HQ", preset="tiny", image_size=64, minutes=150.0, batch_size=128)
     if not gpu:

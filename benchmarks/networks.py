@@ -71,36 +71,164 @@ def compiled(preset="tiny", **overrides):
 
 
 class UNet(nn.Module):
-    """diffusers' UNet2DModel; attention, if any, in the two coarser of three stages and in the middle, heads 32 wide."""
+    """diffusers' UNet2DModel; attention, if any, in the two coarser of three stages and in the middle, heads `head` wide."""
 
-    def __init__(self, channels, attention):
+    in_channels = 3
+
+    def __init__(self, channels, attention, groups, head=32):
         super().__init__()
         from diffusers import UNet2DModel
 
         down, up = ["DownBlock2D"] * 3, ["UpBlock2D"] * 3
         if attention:
             down[1:], up[:2] = ["AttnDownBlock2D"] * 2, ["AttnUpBlock2D"] * 2
-        groups = 32 if attention else 16  # 176 channels do not divide into 32
         options = dict(down_block_types=down, up_block_types=up, add_attention=attention, norm_num_groups=groups)
-        self.net = UNet2DModel(block_out_channels=channels, layers_per_block=2, attention_head_dim=32, **options)
+        self.net = UNet2DModel(block_out_channels=channels, layers_per_block=2, attention_head_dim=head, **options)
 
     def forward(self, x, t):
         return self.net(x, 1000 * t).sample
 
 
 class DiT(nn.Module):
-    """diffusers' DiTTransformer2DModel of width 256 and 7 layers, with one class."""
+    """diffusers' DiTTransformer2DModel of four heads of width `head`, with one class."""
 
-    def __init__(self, patch, size):
+    in_channels = 3
+
+    def __init__(self, patch, size, head=64, layers=7):
         super().__init__()
         from diffusers import DiTTransformer2DModel
 
-        shape = dict(num_attention_heads=4, attention_head_dim=64, num_layers=7, patch_size=patch, sample_size=size)
+        shape = dict(num_attention_heads=4, attention_head_dim=head, num_layers=layers, patch_size=patch)
+        shape["sample_size"] = size
         self.net = DiTTransformer2DModel(**shape, in_channels=3, out_channels=3, num_embeds_ada_norm=1)
 
     def forward(self, x, t):
         label = torch.zeros(len(x), dtype=torch.long, device=x.device)
         return self.net(x, timestep=1000 * t, class_labels=label).sample
+
+
+class ResBlock(nn.Module):
+    """The plain block in place of ours, x [B, C, H, W], t, t_emb -> x's shape: norm, SiLU, 3x3, twice, narrower inside."""
+
+    def __init__(self, channels, t_dim):
+        super().__init__()
+        hidden = ld.GROUPS * round(0.62 * channels / ld.GROUPS)  # so that it has our block's number of weights
+        self.norm1, self.norm2 = ld.AdaLN(channels, t_dim), ld.AdaLN(hidden, t_dim)
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1)
+
+    def forward(self, x, t, t_emb):
+        hidden = self.conv1(F.silu(self.norm1(x, t_emb)))
+        return x + self.conv2(F.silu(self.norm2(hidden, t_emb)))
+
+
+def resblocks(preset="tiny", **overrides):
+    """Our encoder and decoder with every liquid block replaced by ResBlocks of about its number of weights."""
+    model = ld.liquid_diffusion(preset, **overrides)
+    for stage in [module for module in model.modules() if isinstance(module, ld.Stage)]:
+        for i, block in enumerate(stage):
+            stage[i] = ResBlock(block.ff[0].in_channels, model.config["t_dim"])
+    return model
+
+
+# ---- the liquid part, changed -----------------------------------------------------------------------------------------
+
+
+class HalfGate(ld.ParallelCfC):
+    """The gate is 1/2: the mean of the two heads."""
+
+    def gate(self, z, t_emb):
+        return z.new_full((), 0.5)
+
+
+class InputGate(ld.ParallelCfC):
+    """The gate sees the picture and not the time: slope and shift are learned constants."""
+
+    def gate(self, z, t_emb):
+        a, b = self.time_a.bias[:, None, None], self.time_b.bias[:, None, None]  # [C, 1, 1]
+        return torch.sigmoid(a * self.f(z) - b)
+
+
+class TimeGate(ld.ParallelCfC):
+    """The gate sees the time and not the picture: one value per channel."""
+
+    def gate(self, z, t_emb):
+        return torch.sigmoid(-self.time_b(t_emb))[:, :, None, None].expand(-1, -1, *z.shape[2:])  # [B, C, H, W]
+
+
+class FeatureShift(ld.ParallelCfC):
+    """The shift depends on the picture too, as in ncps: gate = sigmoid(a(t) f(z) - b(t) - s(z)), one 1x1 kernel more."""
+
+    def gate(self, z, t_emb):
+        a, b = self.time_a(t_emb)[:, :, None, None], self.time_b(t_emb)[:, :, None, None]  # [B, C, 1, 1]
+        return torch.sigmoid(a * self.f(z) - b - self.s(z))
+
+
+class OneHead(ld.ParallelCfC):
+    """No gate and no second head: h alone."""
+
+    def forward(self, x, t_emb):
+        return self.h(self.backbone(self.spatial(x)))
+
+
+class NoCell(ld.ParallelCfC):
+    """No cell: mix and feed-forward are left."""
+
+    def forward(self, x, t_emb):
+        return torch.zeros_like(x)
+
+
+def with_cell(cell, preset="tiny", **overrides):
+    """Ours, by the formulas, with every ParallelCfC turned into `cell`."""
+    model = ld.liquid_diffusion(preset, lean=False, **overrides)
+    for module in list(model.modules()):
+        if isinstance(module, ld.ParallelCfC):
+            module.__class__ = cell
+            if cell is FeatureShift:
+                module.s = nn.Conv2d(module.f.in_channels, module.f.out_channels, 1)
+    return model
+
+
+def no_gate(preset="tiny", **overrides):
+    """h + gate g, ncps' "no_gate"."""
+    model = ld.liquid_diffusion(preset, lean=False, **overrides)
+    for module in model.modules():
+        if isinstance(module, ld.ParallelCfC):
+            module.gated = False
+    return model
+
+
+def with_rho(start, preset="tiny", **overrides):
+    """Ours with rho started at start(channels) [C] instead of 0."""
+    model = ld.liquid_diffusion(preset, **overrides)
+    for module in model.modules():
+        if isinstance(module, ld.LiquidRelaxation):
+            module.rho.data.copy_(start(len(module.rho)))
+    return model
+
+
+def small_networks(size):
+    """Name -> function that builds a network of about 0.9M parameters, for pictures of size x size."""
+    nano = partial(ld.liquid_diffusion, "nano")
+    return {
+        "ours": nano,
+        "unet": partial(UNet, (24, 40, 56), False, 8),
+        "unet-attention": partial(UNet, (24, 32, 56), True, 8, 8),
+        "dit-2": partial(DiT, 2, size, 26, 4),
+        "resblocks": partial(resblocks, "nano"),
+        "gate 1-2": partial(with_cell, HalfGate, "nano"),
+        "gate of the picture": partial(with_cell, InputGate, "nano"),
+        "gate of the time": partial(with_cell, TimeGate, "nano"),
+        "one head, no gate": partial(with_cell, OneHead, "nano"),
+        "no cell": partial(with_cell, NoCell, "nano"),
+        "relaxation off": partial(nano, relaxation="off"),
+        "relaxation spec": partial(nano, relaxation="spec"),
+        "relaxation only": partial(nano, relaxation="only"),
+        "rho from 3": partial(with_rho, lambda n: torch.full((n,), 3.0), "nano"),
+        "rho spread, -3 to 3": partial(with_rho, lambda n: torch.linspace(-3, 3, n), "nano"),
+        "shift of picture and time": partial(with_cell, FeatureShift, "nano"),
+        "h + gate g": partial(no_gate, "nano"),
+    }
 
 
 def networks(size, preset="tiny"):
@@ -110,8 +238,8 @@ def networks(size, preset="tiny"):
         "formulas": partial(ld.liquid_diffusion, preset, lean=False),
         "lean": partial(ld.liquid_diffusion, preset),
         "compiled": partial(compiled, preset),
-        "unet-attention": partial(UNet, (64, 128, 160), True),
-        "unet": partial(UNet, (64, 128, 176), False),
+        "unet-attention": partial(UNet, (64, 128, 160), True, 32),
+        "unet": partial(UNet, (64, 128, 176), False, 16),
         "dit-2": partial(DiT, 2, size),
         "dit-4": partial(DiT, 4, size),
     }

@@ -17,14 +17,14 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-import torch.nn.functional as F
+from quality import fit, held_out
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ld_data import open_images, to_model_range  # noqa: E402
-from liquid_diffusion import RectifiedFlowTrainer, interpolate, liquid_diffusion_nano  # noqa: E402
+from ld_data import open_images  # noqa: E402
+from ld_eval import velocity_mse  # noqa: E402
+from liquid_diffusion import RectifiedFlowTrainer, liquid_diffusion_nano  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "recipe"
 
@@ -57,36 +57,21 @@ VARIANTS = {
 }
 
 
-def validation_mse(model, images):
-    """Mean velocity MSE of model on images [N, 3, H, W] in [-1, 1] at t = 0.05, 0.15, ... 0.95, with fixed noise."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    losses = []
-    with torch.no_grad():
-        for i in range(10):
-            t = torch.full((len(images),), 0.05 + i / 10)
-            losses.append(F.mse_loss(model(interpolate(images, noise, t), t), noise - images).item())
-    return losses
-
-
 def run(images, variant, seed, steps, batch_size=32):
     """Train one variant and return its record."""
     network, options, change = VARIANTS[variant]
-    held_out = len(images) // 10
-    training, validation = images[:-held_out], to_model_range(images[-held_out:], "cpu", flip=False)
+    training, validation = held_out(images)
     torch.manual_seed(seed)
     model = liquid_diffusion_nano(**network)
     if change:
         change(model)
     trainer = RectifiedFlowTrainer(model, device="cpu", seed=seed, total_steps=steps, warmup_steps=50, **options)
-    generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
-    for _ in tqdm(range(steps), desc=f"{variant}, seed {seed}", mininterval=10):
-        batch = images[torch.randint(len(training), (batch_size,), generator=generator)]
-        trainer.train_step(to_model_range(batch, "cpu", generator=generator))
-    trainer.update.settle()
-    losses = validation_mse(trainer.update.ema.model, validation)
+    start = time.perf_counter()
+    fit(trainer, training, seed, steps, f"{variant}, seed {seed}", batch_size)
+    losses = velocity_mse(trainer.update.ema.model, validation).tolist()
     return dict(
         variant=variant, seed=seed, steps=steps, batch_size=batch_size, mse=mean(losses), mse_per_time=losses,
-        validation_pictures=held_out, seconds=time.perf_counter() - start, skipped=trainer.update.skipped,
+        validation_pictures=len(validation), seconds=time.perf_counter() - start, skipped=trainer.update.skipped,
         machine=platform.processor() or platform.machine(), torch=torch.__version__,
     )  # fmt: skip
 

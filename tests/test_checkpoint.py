@@ -21,6 +21,7 @@ from ld_checkpoint import (
     Keeper,
     load_checkpoint,
     load_weights,
+    open_weights,
     random_state,
     save_checkpoint,
     save_weights,
@@ -229,6 +230,24 @@ def test_a_checkpoint_serves_as_weights_too(tmp_path):
     save_checkpoint(trainer.state_dict(), tmp_path / "a.pt")
     model = model_from(*load_weights(tmp_path / "a.pt"))
     assert equal(dict(model.state_dict()), dict(trainer.update.ema.model.state_dict()))
+
+
+def test_notebooks_take_the_users_own_weights_before_the_shipped_ones(tmp_path, monkeypatch):
+    model = LiquidDiffusion(**CONFIG)
+    named = save_weights(model, tmp_path / "named.safetensors", image_size=48)
+    shipped = save_weights(model, tmp_path / "shipped.safetensors", source="samples")
+    save_checkpoint({**trained().state_dict(), "settings": dict(image_size=16)}, tmp_path / "run.pt")
+    monkeypatch.setattr("ld_checkpoint.SHIPPED", shipped)
+    monkeypatch.delenv("LD_WEIGHTS", raising=False)
+    assert open_weights()[2] == open_weights("")[2] == dict(source="samples")
+    config, weights, metadata = open_weights(named)
+    assert (config, metadata) == (model.config, dict(image_size="48"))
+    assert equal(weights, dict(model.state_dict()))
+    monkeypatch.setenv("LD_WEIGHTS", str(tmp_path / "run.pt"))
+    assert open_weights(named)[2] == dict(image_size=16)
+    monkeypatch.setenv("LD_WEIGHTS", str(tmp_path / "none.safetensors"))
+    with pytest.raises(CheckpointError, match="There is no file .*none.safetensors"):
+        open_weights()
 
 
 @pytest.mark.parametrize(

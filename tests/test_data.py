@@ -18,7 +18,7 @@ import torch
 from hub_stand_in import numbered_png, numbers, parquet_bytes
 from PIL import Image
 
-from ld_data import SAMPLES, DataError, open_images, to_model_range
+from ld_data import SAMPLES, DataError, duplicates, open_images, original_sizes, to_model_range
 from ld_utils import from_uint8
 
 pytestmark = pytest.mark.timeout(120)
@@ -118,6 +118,28 @@ def test_pictures_in_memory(opened):
     seen = sorted(cache.images[:, :, 8, 8].tolist())
     assert seen == sorted([red] * 5 + [[200] * 3] * 3)
     assert opened(pictures).complete
+
+
+def test_original_sizes_of_a_folder_and_a_zip(tmp_path):
+    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    for name, size in (("a.png", (30, 20)), ("deep/b.jpg", (7, 9))):
+        Image.new("RGB", size).save(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for path in (tmp_path / "pictures").rglob("*.*"):
+            archive.write(path, path.relative_to(tmp_path))
+    assert original_sizes(tmp_path / "pictures") == original_sizes(tmp_path / "pictures.zip") == [(30, 20), (7, 9)]
+    assert original_sizes("owner/on-the-hub") == []
+    assert len(original_sizes("samples")) == 488
+
+
+def test_duplicates_are_rows_with_equal_pixels(opened, tmp_path):
+    folder = folder_of(tmp_path / "set", 5)
+    (tmp_path / "set" / "again.png").write_bytes((tmp_path / "set" / "even" / "0000.png").read_bytes())
+    images = opened(folder).wait().images
+    (group,) = duplicates(images)
+    assert len(group) == 2 and np.array_equal(images[group[0]], images[group[1]])
+    assert duplicates(images[:0]) == []
 
 
 def test_the_samples(opened):

@@ -148,8 +148,8 @@ def installed():
     return subprocess.run([sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
 
 
-def run_on_colab(folder, bare_repository, monkeypatch, until, hidden=()):
-    """Run the notebook's cells up to the one that holds `until`, alone in a folder, in a kernel that has google.colab."""
+def run_on_colab(folder, bare_repository, monkeypatch, until, hidden=(), notebook=TRAINING):
+    """Run a notebook's cells up to the one that holds `until`, alone in a folder, in a kernel that has google.colab."""
     site = folder / "site"
     (site / "google" / "colab").mkdir(parents=True)
     (site / "google" / "colab" / "__init__.py").touch()
@@ -160,11 +160,11 @@ def run_on_colab(folder, bare_repository, monkeypatch, until, hidden=()):
     )
     content = folder / "content"
     content.mkdir()
-    shutil.copy(TRAINING, content)
+    shutil.copy(notebook, content)
     for name, value in dict(PYTHONPATH=str(site), LD_REPO=str(bare_repository), LD_SMOKE="1", PIP_NO_INDEX="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LD_CACHE", str(folder / "cache"))
-    nb = nbformat.read(content / TRAINING.name, as_version=4)
+    nb = nbformat.read(content / notebook.name, as_version=4)
     wanted = next(i for i, cell in enumerate(nb.cells) if cell.cell_type == "code" and until in cell.source)
     nb.cells = nb.cells[: wanted + 1]
     NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(content)}}).execute()
@@ -192,3 +192,25 @@ def test_on_colab_only_what_is_missing_is_asked_of_pip(tmp_path, bare_repository
     _, printed = run_on_colab(tmp_path, bare_repository, clean_environment, until="#@title Setup", hidden=hidden)
     assert "Installed now: ipywidgets\n" in printed
     assert installed() == before  # it was there, and pip left it and its dependencies alone
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+def test_on_colab_the_other_notebooks_find_the_project_too(tmp_path, bare_repository, clean_environment, path):
+    before = installed()
+    content, printed = run_on_colab(tmp_path, bare_repository, clean_environment, "import ld_utils", notebook=path)
+    assert (content / "liquid-diffusion" / "ld_utils.py").exists()
+    assert "nothing, all of it was there" in printed
+    assert installed() == before
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+def test_a_notebook_opened_in_its_own_folder_finds_the_project(tmp_path, clean_environment, path):
+    """Without conftest.py's PYTHONPATH, as in JupyterLab."""
+    clean_environment.delenv("PYTHONPATH", raising=False)
+    nb = nbformat.read(path, as_version=4)
+    setup = next(cell for cell in nb.cells if cell.source.startswith("#@title Setup"))
+    where = nbformat.v4.new_code_cell("import ld_utils; print(ld_utils.__file__)")
+    nb.cells = [setup, where, setup, where]  # twice, as people do
+    NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert [Path(cell.outputs[0].text.strip()) for cell in nb.cells[1::2]] == [ROOT / "ld_utils.py"] * 2

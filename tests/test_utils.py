@@ -1,9 +1,11 @@
 """Pictures, checkpoint files, widgets and the live figure."""
 
+import io
 import os
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import ld_utils
@@ -59,6 +61,35 @@ def test_film_slider_shows_the_frame_it_points_to():
     assert picture.value == last
 
 
+def test_explorer_computes_each_choice_once_and_says_so():
+    asked = []
+
+    def draw(steps, solver, seed):
+        asked.append((steps, solver, seed))
+        return f"{steps} {solver} {seed}".encode()
+
+    box = ld_widgets.explorer(draw, [dict(steps=1)], steps=(4, [1, 2, 4]), solver=("euler", ["euler"]), seed=(0, None))
+    *fields, picture, status = box.children
+    assert [field.description for field in fields] == ["steps", "seed"]  # the only solver is no choice
+    assert asked == [(1, "euler", 0), (4, "euler", 0)] and picture.value == b"4 euler 0"
+    fields[0].value = 1
+    assert (picture.value, status.value, len(asked)) == (b"1 euler 0", "kept", 2)
+    seen = []
+    status.observe(lambda change: seen.append(change["new"]), names="value")
+    fields[1].value = 7
+    assert picture.value == b"1 euler 7" and asked[2:] == [(1, "euler", 7)]
+    assert seen[0] == "computing ..." and seen[1].startswith("computed in")
+
+
+def test_explorer_gives_each_kind_of_choice_its_widget():
+    box = ld_widgets.explorer(
+        lambda **values: repr(values).encode(), x=(3, range(2, 9, 2)), mode=("b", ["a", "b"]), top_left=(0, None)
+    )
+    slider, menu, number, picture, _ = box.children
+    assert (slider.min, slider.max, slider.step, menu.options, number.description) == (2, 8, 2, ("a", "b"), "top left")
+    assert picture.value == b"{'x': 3, 'mode': 'b', 'top_left': 0}"
+
+
 def test_machine_line_names_versions_and_memory():
     line = ld_utils.machine_line()
     assert f"torch {torch.__version__.split('+')[0]}" in line
@@ -87,3 +118,18 @@ def test_show_grid_outside_a_notebook_does_nothing():
 @pytest.mark.parametrize("count", [1, 5])
 def test_loss_curve_takes_short_histories(tmp_path, count):
     ld_utils.LiveFigure(tmp_path, "").finish([(i, 1.0) for i in range(1, count + 1)])
+
+
+def test_figure_sliders_draw_at_their_values_at_once_and_at_each_move():
+    seen = []
+
+    def draw(**values):
+        seen.append(values)
+        return Figure(figsize=(1 + values["a"], 1))
+
+    first, second, picture = ld_widgets.figure_sliders(draw, a=(1.0, 0.0, 5.0), b=(2.0, 1.0, 3.0)).children
+    before = picture.value
+    first.value = 4.0
+    second.value = 3.0
+    assert seen == [dict(a=1.0, b=2.0), dict(a=4.0, b=2.0), dict(a=4.0, b=3.0)]
+    assert [Image.open(io.BytesIO(png)).width for png in (before, picture.value)] == [200, 500]
