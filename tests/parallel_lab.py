@@ -23,7 +23,7 @@ class SharedTrainer(ld_parallel.SharedGradients, RectifiedFlowTrainer):
 
 def work(folder, name, fault=None, precision=None):
     """One process of a run; notes which pictures it reads and its last weights, and suffers the fault if it is the second."""
-    ld_parallel.join(timeout=60)
+    ld_parallel.join(timeout=300)
     rank, run_dir = ld_parallel.dist.get_rank(), folder / name
     torch.manual_seed(0 if rank == 0 else 99)  # the first process's weights count
     trainer = SharedTrainer(

@@ -22,7 +22,7 @@ from liquid_diffusion import LiquidDiffusion, RectifiedFlowTrainer  # noqa: E402
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command, folder, deadline=300, **environment):
+def run(*command, folder, deadline=600, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     options = dict(cwd=folder, env=environment, capture_output=True, text=True, timeout=deadline)
