@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
@@ -122,7 +122,7 @@ class Run:
     network: str
     lr: float
     seed: int = 0
-    steps: int = STEPS
+    steps: int = field(default_factory=lambda: STEPS)
     recipe: str = "default"
 
     @property
@@ -448,7 +448,11 @@ def recipe_variants(known, data):
 
 def average_table(known, data):
     """The newest weights against the averaged ones of the same runs."""
-    runs = [r for r in known.values() if (r["data"], r["network"], r["recipe"]) == (data, "ours", "default")]
+    runs = [
+        r
+        for r in known.values()
+        if (r["data"], r["network"], r["recipe"], r["steps"]) == (data, "ours", "default", STEPS)
+    ]
     differences = [r["mse_newest"] - r["mse"] for r in runs]
     return f"Newest weights minus averaged ones, MSE: {spread(differences, '+')}, {len(runs)} runs." if runs else ""
 
@@ -515,6 +519,9 @@ def work(root, hours, samples_folder, solvers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder of the sets")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of training, where steps are equal; a comparison of its own"
+    )
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--keep", type=Path, help="folder for the samples and weights of every run")
     parser.add_argument(
@@ -524,6 +531,7 @@ def main():
         "--table", action="store_true", help="print the tables of what was run so far, for docs/quality.md too"
     )
     arguments = parser.parse_args()
+    globals()["STEPS"] = arguments.steps
     if arguments.table:
         return publish(tables(records()))
     torch.set_num_threads(1)
