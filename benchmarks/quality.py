@@ -40,7 +40,7 @@ SIZE, BATCH, STEPS, SEEDS, PICTURES = 16, 32, 150, (0, 1, 2), 5153
 RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-in unless the recipe says otherwise
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
-ABLATED = ("gate 1-2", "gate of the time", "relaxation off", "no cell")
+ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
     "gate of the picture",
     "one head, no gate",
@@ -274,18 +274,18 @@ def families(data):
     for network in COMPARED:
         yield from search(data, network)
     for seed in SEEDS:
-        yield from in_equal_steps(data, seed, COMPARED[:2])
+        yield from in_equal_steps(data, seed, COMPARED[:1])
+        yield from slow_starts(data, seed)
         yield from ablated(data, seed)
+        yield from in_equal_steps(data, seed, COMPARED[1:])
     for seed in SEEDS:
         yield from in_equal_time(data, seed)
-        yield from in_equal_steps(data, seed, COMPARED[2:])
 
 
-def slow_starts(data):
-    """Whether a longer warm-up lets a network bear a higher rate; runs this short have one of eight steps else."""
-    for network in COMPARED[:2]:
-        for lr in (16e-3, 32e-3):
-            yield Run(data, network, lr, recipe="slow start")
+def slow_starts(data, seed, networks=COMPARED[:2], lr=16e-3):
+    """A longer warm-up, which may let a network bear a higher rate; runs this short have one of eight steps else."""
+    for network in networks:
+        yield Run(data, network, lr, seed, recipe="slow start")
 
 
 def family(data, network):
@@ -313,11 +313,9 @@ def untuned(data):
 
 def queue():
     """Every run in order of its worth; what comes later depends on the results before it."""
-    for network in COMPARED:
-        yield from search("cats", network)
-    yield from ablated("cats", 0)
-    yield from slow_starts("cats")
     yield from families("cats")
+    for network in COMPARED:
+        yield from search("cats", network, "slow start")
     yield from tuned("cats", "muon")
     yield from families("fashion")
     yield from untuned("cats")
@@ -440,7 +438,7 @@ def recipe_variants(known, data):
         values = dict(recipe=recipe)
         if recipe == "plain":
             values |= dict(network="relaxation spec", lr=1e-4)
-        elif recipe in ("muon", "one rate for all") and curve(known, data, "ours", recipe):
+        elif curve(known, data, "ours", recipe):
             values |= dict(lr=best_rate(known, data, "ours", recipe))
         if recipe != "default":
             yield recipe, values
