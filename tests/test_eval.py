@@ -97,7 +97,8 @@ def test_kid_takes_unequal_numbers(n):
     x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
     near, error = ld_eval.kid(x[n:], x[:n])
     assert abs(near) < 3 * error
-    assert abs(ld_eval.kid(x[n:], x[:n] + 1)[0] - ld_eval.kid(x[500:], x[:500] + 1)[0]) < 4 * error
+    far, error = ld_eval.kid(x[n:], x[:n] + 1)
+    assert abs(far - ld_eval.kid(x[500:], x[:500] + 1)[0]) < 3 * error
 
 
 def test_kid_of_one_block_is_that_of_torchmetrics():
