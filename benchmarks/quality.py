@@ -276,8 +276,10 @@ def families(data):
     for seed in SEEDS:
         yield from in_equal_steps(data, seed, COMPARED[:1])
         yield from slow_starts(data, seed)
+        yield from ablated(data, seed, ABLATED[:2])
+    for seed in SEEDS:
+        yield from in_equal_steps(data, seed)
         yield from ablated(data, seed)
-        yield from in_equal_steps(data, seed, COMPARED[1:])
     for seed in SEEDS:
         yield from in_equal_time(data, seed)
 
@@ -440,8 +442,25 @@ def recipe_variants(known, data):
             values |= dict(network="relaxation spec", lr=1e-4)
         elif curve(known, data, "ours", recipe):
             values |= dict(lr=best_rate(known, data, "ours", recipe))
-        if recipe != "default":
+        if recipe not in ("default", "slow start"):  # that one has a table of its own
             yield recipe, values
+
+
+def warmup_table(known, data):
+    """Runs with the longer warm-up, and the same network's differences to its default recipe at its best rate."""
+    lines = []
+    for network in COMPARED:
+        losses = curve(known, data, network, "slow start")
+        if losses:
+            here = dict(data=data, network=network, steps=STEPS)
+            slow = seeds_of(known, **here, recipe="slow start", lr=min(losses, key=losses.get))
+            usual = seeds_of(known, **here, recipe="default", lr=best_rate(known, data, network))
+            cells = [network, f"{min(losses, key=losses.get):g}", str(len(slow))]
+            for key in ("mse", "frechet"):
+                cells += [spread([r[key] for r in slow.values()]), spread(paired(slow, usual, key), "+")]
+            lines.append(cells)
+    head = ["network", "rate", "seeds", "MSE", "minus its default", "Frechet", "minus its default"]
+    return rows(head, lines)
 
 
 def average_table(known, data):
@@ -478,6 +497,7 @@ def tables(known):
         variants = [(name, dict(network=name)) for name in (*ABLATED, *ABLATED_TOO)]
         parts.append((f"{data}: the liquid part", difference_table(known, data, variants)))
         parts.append((f"{data}: the recipe", difference_table(known, data, recipe_variants(known, data))))
+        parts.append((f"{data}: a longer warm-up", warmup_table(known, data)))
         parts.append((f"{data}: averaged weights", average_table(known, data)))
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts if text)
 
