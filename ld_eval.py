@@ -107,9 +107,13 @@ def frechet(real, generated):
 
 
 def kid(real, generated, blocks=10):
-    """Squared MMD with a cubic kernel and its standard error (arXiv 1801.01401, sec. 4): mean over separate blocks, 0 on average for equal sets."""
-    blocks = min(blocks, len(real) // 2, len(generated) // 2)
-    pairs = zip(*(shuffled(x).double().tensor_split(blocks) for x in (real, generated)))
+    """Squared MMD with a cubic kernel and its standard error (arXiv 1801.01401, sec. 4), on equal numbers of both.
+
+    The mean over separate blocks: 0 on average for equal distributions, so it may be negative.
+    """
+    few = min(len(real), len(generated))  # poly_mmd is right for equal numbers only
+    blocks = min(blocks, few // 2)
+    pairs = zip(*(shuffled(x)[:few].double().tensor_split(blocks) for x in (real, generated)))
     values = torch.stack([poly_mmd(a, b) for a, b in pairs])  # [blocks]
     return values.mean().item(), (values.std() / blocks**0.5).item()
 

@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
@@ -40,7 +40,7 @@ SIZE, BATCH, STEPS, SEEDS, PICTURES = 16, 32, 150, (0, 1, 2), 5153
 RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-in unless the recipe says otherwise
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
-ABLATED = ("gate 1-2", "gate of the time", "relaxation off", "no cell")
+ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
     "gate of the picture",
     "one head, no gate",
@@ -122,7 +122,7 @@ class Run:
     network: str
     lr: float
     seed: int = 0
-    steps: int = STEPS
+    steps: int = field(default_factory=lambda: STEPS)
     recipe: str = "default"
 
     @property
@@ -274,18 +274,20 @@ def families(data):
     for network in COMPARED:
         yield from search(data, network)
     for seed in SEEDS:
-        yield from in_equal_steps(data, seed, COMPARED[:2])
+        yield from in_equal_steps(data, seed, COMPARED[:1])
+        yield from slow_starts(data, seed)
+        yield from ablated(data, seed, ABLATED[:2])
+    for seed in SEEDS:
+        yield from in_equal_steps(data, seed)
         yield from ablated(data, seed)
     for seed in SEEDS:
         yield from in_equal_time(data, seed)
-        yield from in_equal_steps(data, seed, COMPARED[2:])
 
 
-def slow_starts(data):
-    """Whether a longer warm-up lets a network bear a higher rate; runs this short have one of eight steps else."""
-    for network in COMPARED[:2]:
-        for lr in (16e-3, 32e-3):
-            yield Run(data, network, lr, recipe="slow start")
+def slow_starts(data, seed, networks=COMPARED[:2], lr=16e-3):
+    """A longer warm-up, which may let a network bear a higher rate; runs this short have one of eight steps else."""
+    for network in networks:
+        yield Run(data, network, lr, seed, recipe="slow start")
 
 
 def family(data, network):
@@ -313,11 +315,9 @@ def untuned(data):
 
 def queue():
     """Every run in order of its worth; what comes later depends on the results before it."""
-    for network in COMPARED:
-        yield from search("cats", network)
-    yield from ablated("cats", 0)
-    yield from slow_starts("cats")
     yield from families("cats")
+    for network in COMPARED:
+        yield from search("cats", network, "slow start")
     yield from tuned("cats", "muon")
     yield from families("fashion")
     yield from untuned("cats")
@@ -440,15 +440,36 @@ def recipe_variants(known, data):
         values = dict(recipe=recipe)
         if recipe == "plain":
             values |= dict(network="relaxation spec", lr=1e-4)
-        elif recipe in ("muon", "one rate for all") and curve(known, data, "ours", recipe):
+        elif curve(known, data, "ours", recipe):
             values |= dict(lr=best_rate(known, data, "ours", recipe))
-        if recipe != "default":
+        if recipe not in ("default", "slow start"):  # that one has a table of its own
             yield recipe, values
+
+
+def warmup_table(known, data):
+    """Runs with the longer warm-up, and the same network's differences to its default recipe at its best rate."""
+    lines = []
+    for network in COMPARED:
+        losses = curve(known, data, network, "slow start")
+        if losses:
+            here = dict(data=data, network=network, steps=STEPS)
+            slow = seeds_of(known, **here, recipe="slow start", lr=min(losses, key=losses.get))
+            usual = seeds_of(known, **here, recipe="default", lr=best_rate(known, data, network))
+            cells = [network, f"{min(losses, key=losses.get):g}", str(len(slow))]
+            for key in ("mse", "frechet"):
+                cells += [spread([r[key] for r in slow.values()]), spread(paired(slow, usual, key), "+")]
+            lines.append(cells)
+    head = ["network", "rate", "seeds", "MSE", "minus its default", "Frechet", "minus its default"]
+    return rows(head, lines)
 
 
 def average_table(known, data):
     """The newest weights against the averaged ones of the same runs."""
-    runs = [r for r in known.values() if (r["data"], r["network"], r["recipe"]) == (data, "ours", "default")]
+    runs = [
+        r
+        for r in known.values()
+        if (r["data"], r["network"], r["recipe"], r["steps"]) == (data, "ours", "default", STEPS)
+    ]
     differences = [r["mse_newest"] - r["mse"] for r in runs]
     return f"Newest weights minus averaged ones, MSE: {spread(differences, '+')}, {len(runs)} runs." if runs else ""
 
@@ -476,6 +497,7 @@ def tables(known):
         variants = [(name, dict(network=name)) for name in (*ABLATED, *ABLATED_TOO)]
         parts.append((f"{data}: the liquid part", difference_table(known, data, variants)))
         parts.append((f"{data}: the recipe", difference_table(known, data, recipe_variants(known, data))))
+        parts.append((f"{data}: a longer warm-up", warmup_table(known, data)))
         parts.append((f"{data}: averaged weights", average_table(known, data)))
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts if text)
 
@@ -515,6 +537,9 @@ def work(root, hours, samples_folder, solvers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("../shared/data"), help="folder of the sets")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of training, where steps are equal; a comparison of its own"
+    )
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--keep", type=Path, help="folder for the samples and weights of every run")
     parser.add_argument(
@@ -524,6 +549,7 @@ def main():
         "--table", action="store_true", help="print the tables of what was run so far, for docs/quality.md too"
     )
     arguments = parser.parse_args()
+    globals()["STEPS"] = arguments.steps
     if arguments.table:
         return publish(tables(records()))
     torch.set_num_threads(1)

@@ -92,6 +92,15 @@ def test_kid_of_equal_distributions_is_0_on_average_with_the_error_it_says(emoji
     assert 0.7 < values.std() / errors.mean() < 1.4
 
 
+@pytest.mark.parametrize("n", [20, 47, 200])
+def test_kid_takes_unequal_numbers(n):
+    x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    near, error = ld_eval.kid(x[n:], x[:n])
+    assert abs(near) < 3 * error
+    far, error = ld_eval.kid(x[n:], x[:n] + 1)
+    assert abs(far - ld_eval.kid(x[500:], x[:500] + 1)[0]) < 3 * error
+
+
 def test_kid_of_one_block_is_that_of_torchmetrics():
     a, b = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
     metric = KernelInceptionDistance(feature=ld_eval.Ready(8), subsets=1, subset_size=50)
