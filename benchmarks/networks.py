@@ -237,6 +237,7 @@ def networks(size, preset="tiny"):
         "plain": partial(plain, preset),
         "formulas": partial(ld.liquid_diffusion, preset, lean=False),
         "lean": partial(ld.liquid_diffusion, preset),
+        "checkpointing": partial(ld.liquid_diffusion, preset, gradient_checkpointing=True),
         "compiled": partial(compiled, preset),
         "unet-attention": partial(UNet, (64, 128, 160), True, 32),
         "unet": partial(UNet, (64, 128, 176), False, 16),

@@ -25,7 +25,7 @@ from networks import networks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
-REFERENCES = ("plain", "unet-attention", "unet")
+REFERENCES = ("plain", "lean", "unet-attention", "unet")
 
 
 def half(device):
@@ -117,15 +117,16 @@ def spread(values):
 def table(result):
     """The result as Markdown, one line per network."""
     rounds, batch = result["rounds"], result["batch"]
+    references = [name for name in REFERENCES if name in result["networks"]]
     columns = ["parameters", "GMAC", "kept MiB", "kept MiB, half", "train img/s", "sample img/s"]
-    columns += [f"{step} vs {name}" for step in ("train", "sample") for name in REFERENCES]
+    columns += [f"{step} vs {name}" for step in ("train", "sample") for name in references]
     lines = [f"| {' | '.join(['network', *columns])} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in result["networks"].items():
         cells = [name, f"{row['parameters'] / 1e6:.2f}M", *(f"{row[c]:.3g}" for c in columns[1:4])]
         for step in ("train", "sample"):
             cells.append(f"{batch / median(r[step][name] for r in rounds):.1f}")
         for step in ("train", "sample"):
-            cells += [spread([r[step][other] / r[step][name] for r in rounds]) for other in REFERENCES]
+            cells += [spread([r[step][other] / r[step][name] for r in rounds]) for other in references]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
