@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from datetime import timedelta
 
 import torch
@@ -35,13 +36,22 @@ def launch(worker, *args, processes=None):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     try:
-        notebook_launcher(worker, args, num_processes=processes, use_port=port)
+        notebook_launcher(last_to_complain, (worker, *args), num_processes=processes, use_port=port)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         reason = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else first_words(failure)
         raise WorkerLost(
             f"Process {rank} of {processes} ended ({reason}), so the run was stopped; run again to go on from its last checkpoint."
         ) from None
+
+
+def last_to_complain(worker, *args):
+    """worker(*args); a RuntimeError waits a moment, so that who only lost the others is not taken for the one that ended first."""
+    try:
+        worker(*args)
+    except RuntimeError:
+        time.sleep(3)
+        raise
 
 
 def first_words(failure):
