@@ -215,7 +215,7 @@ def machine():
 
 def records():
     """All runs so far, by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "runs").glob("*.json"))}
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "records").glob("*.json"))}
 
 
 def curve(known, data, network, recipe="default"):
@@ -526,7 +526,7 @@ def work(root, hours, samples_folder, solvers):
     if solvers:
         return solver_study(sets["cats"], real["cats"], Run("cats", "ours", best_rate(records(), "cats", "ours")))
     for run in queue():
-        path = RESULTS / "runs" / f"{run.name}.json"
+        path = RESULTS / "records" / f"{run.name}.json"
         if path.exists():
             continue
         if time.monotonic() > end:

@@ -24,7 +24,7 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
     seconds = {"ours": [2.0, 4.0, 6.0], "unet": [1.0, 2.0, 1.0], "unet-attention": [2.0, 4.0, 6.0]}
     quality.write(tmp_path / "step-times.json", dict(seconds=seconds))
-    return lambda run, mse: quality.write(tmp_path / "runs" / f"{run.name}.json", record(run, mse))
+    return lambda run, mse: quality.write(tmp_path / "records" / f"{run.name}.json", record(run, mse))
 
 
 def loss(lr, best):
