@@ -350,7 +350,7 @@ class _LookAhead:
     batches are gathered at a time, because waking a thread takes as long as gathering a batch.
     """
 
-    MOST = 16 << 20  # bytes gathered at a time
+    MOST = 4 << 20  # bytes gathered at a time; more of them made the caller wait for the thread
 
     def __init__(self):
         self.queue = deque()  # (future of a block, position in it); a block: K times (indices, pictures)

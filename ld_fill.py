@@ -36,7 +36,7 @@ from ld_decode import Dropped, decode
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 MAX_FILE = 256 << 20  # bytes; a longer member of a zip is not unpacked
 COMMIT_SECONDS = 0.25  # rows become visible to readers at least this often while they arrive
-THREADS = 4  # Pillow decodes outside the GIL; more than the cores, since reading from a mounted drive is mostly waiting
+THREADS = 2  # Pillow decodes outside the GIL; on two cores four were slower
 AHEAD = 64  # rows handed to the threads before the first of them is needed
 PARQUET_PIECE = 8 << 20  # bytes asked for at a time
 PARQUET_BATCH = 32  # rows; the default is a whole row group, and an empty one is then an error
