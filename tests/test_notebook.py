@@ -134,7 +134,7 @@ def git(*arguments, cwd):
 def bare_repository(tmp_path_factory):
     """The project's files as they are now, as a bare git repository to clone."""
     folder = tmp_path_factory.mktemp("repo")
-    ignore = shutil.ignore_patterns(".venv*", ".git", "runs", "__pycache__", ".*_cache", "nb.py", "tests", "benchmarks")
+    ignore = shutil.ignore_patterns(".venv*", ".git", "runs", "__pycache__", ".*_cache", "nb.py", "tests")
     shutil.copytree(ROOT, folder / "tree", ignore=ignore)
     git("init", "-q", "-b", "main", cwd=folder / "tree")
     git("add", "-A", cwd=folder / "tree")
