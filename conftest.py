@@ -1,6 +1,6 @@
 """Puts the project's folder on the path, here and in the kernels that notebooks are run in, and gives each one thread.
 
-Threads of small tensors wait for one another: on a busy machine two of them took ten times as long as one.
+Threads of small tensors wait for one another: on a busy machine two of them took several times as long as one.
 """
 
 import os
