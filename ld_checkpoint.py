@@ -123,13 +123,19 @@ def load_weights(path):
 
     Both are a stranger's word until `model_from` of the notebook has checked them. CheckpointError if unreadable.
     """
+    return read_weights(path)[:2]
+
+
+def read_weights(path):
+    """(config, state dict, metadata) as load_weights and open_weights return them, from one reading of the file."""
     if Path(path).suffix != ".safetensors":
         state = load_checkpoint(path)
-        return state["config"], state.get("ema", state["model"])
+        return state["config"], state.get("ema", state["model"]), state.get("settings", {})
     try:
         with safetensors.safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
-            return config, {name: file.get_tensor(name) for name in file.keys()}
+            metadata = dict(file.metadata() or {})
+            config = json.loads(metadata.pop("config"))
+            return config, {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (safetensors.SafetensorError, ValueError):
         raise CheckpointError(f"{path} is damaged or no safetensors file; use another file.") from None
     except KeyError:
@@ -144,11 +150,7 @@ def open_weights(path=None):
     path = Path(os.environ.get("LD_WEIGHTS") or path or SHIPPED)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}; name the weights.safetensors or the checkpoint.pt of a run.")
-    config, weights = load_weights(path)
-    if path.suffix != ".safetensors":
-        return config, weights, load_checkpoint(path).get("settings", {})
-    with safetensors.safe_open(path, "pt") as file:
-        return config, weights, {name: text for name, text in file.metadata().items() if name != "config"}
+    return read_weights(path)
 
 
 # ---- the files of a run ---------------------------------------------------------------------------------------------
