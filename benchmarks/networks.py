@@ -178,15 +178,130 @@ class NoCell(ld.ParallelCfC):
         return torch.zeros_like(x)
 
 
+class PaperGate(ld.ParallelCfC):
+    """gate = sigmoid(-f(z) t) with t itself and not its embedding, as the paper has it (arXiv 2106.13898, eq. 10)."""
+
+    t = None  # [B], set by with_cell before each forward pass
+
+    def gate(self, z, t_emb):
+        return torch.sigmoid(-self.f(z) * self.t[:, None, None, None])
+
+
+class NcpsGate(PaperGate):
+    """gate = sigmoid(a(z) t + s(z)) as in ncps: a time constant and a shift from every pixel, t itself."""
+
+    def gate(self, z, t_emb):
+        return torch.sigmoid(self.f(z) * self.t[:, None, None, None] + self.s(z))
+
+
+class GatedHead(ld.ParallelCfC):
+    """gate h: the gate lets one head through, as a gated linear unit does, in place of choosing between two."""
+
+    def forward(self, x, t_emb):
+        z = self.backbone(self.spatial(x))
+        return self.gate(z, t_emb) * self.h(z)
+
+
+class TanhHeads(ld.ParallelCfC):
+    """Both heads end in tanh, as in ncps."""
+
+    def forward(self, x, t_emb):
+        z = self.backbone(self.spatial(x))
+        return torch.lerp(self.h(z).tanh(), self.g(z).tanh(), self.gate(z, t_emb))
+
+
 def with_cell(cell, preset="tiny", **overrides):
     """Ours, by the formulas, with every ParallelCfC turned into `cell`."""
     model = ld.liquid_diffusion(preset, lean=False, **overrides)
     for module in list(model.modules()):
         if isinstance(module, ld.ParallelCfC):
             module.__class__ = cell
-            if cell is FeatureShift:
+            if cell in (FeatureShift, NcpsGate):
                 module.s = nn.Conv2d(module.f.in_channels, module.f.out_channels, 1)
+    if issubclass(cell, PaperGate):
+        model.register_forward_pre_hook(tell_time)
     return model
+
+
+def tell_time(model, inputs):
+    """Forward pre-hook: every PaperGate of the model learns the t that the model is called with."""
+    for module in model.modules():
+        if isinstance(module, PaperGate):
+            module.t = inputs[1]
+
+
+# ---- the block, changed ----------------------------------------------------------------------------------------------
+
+
+class NoMixBlock(ld.LiquidDiffusionBlock):
+    """Cell and feed-forward."""
+
+    def formulas(self, x, t, t_emb):
+        normed = self.norm_cfc(x, t_emb)
+        x = self.relaxation(x, normed, self.cfc(normed, t_emb), t)
+        return x + self.ff(self.norm_ff(x, t_emb))
+
+
+class NoFeedForwardBlock(ld.LiquidDiffusionBlock):
+    """Cell and mix."""
+
+    def formulas(self, x, t, t_emb):
+        normed = self.norm_cfc(x, t_emb)
+        x = self.relaxation(x, normed, self.cfc(normed, t_emb), t)
+        return x + self.mix(x, t_emb)
+
+
+class ChannelAttention(ld.MultiScaleSpatialMix):
+    """The global mean scales each channel, by a 1x1 kernel and a sigmoid, in place of being added (arXiv 2505.11196, sec. 3.2)."""
+
+    def forward(self, x, t_emb):
+        x = self.norm(x)
+        weight, bias = self.merged_kernel()
+        mixed = F.conv2d(x, weight, bias, padding=3, groups=x.shape[1])
+        mixed = mixed * torch.sigmoid(self.attend(mixed.mean(dim=(2, 3), keepdim=True)))
+        return self.project(F.silu(self.modulation(mixed, t_emb)))
+
+
+class MixedContext(nn.Module):
+    """The cell's view of its surroundings by the mix's kernels: depthwise 3x3 + 5x5 + 7x7 + weighted global mean."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.dw3, self.dw5, self.dw7, self.pool_weight = mix.dw3, mix.dw5, mix.dw7, mix.pool_weight
+
+    def forward(self, x):
+        weight, bias = ld.MultiScaleSpatialMix.merged_kernel(self)
+        mean = self.pool_weight[:, None, None] * x.mean(dim=(2, 3), keepdim=True)
+        return F.conv2d(x, weight, bias, padding=3, groups=x.shape[1]) + mean
+
+
+def changed_blocks(change, preset="tiny", **overrides):
+    """Ours, by the formulas, after change(block) on every block."""
+    model = ld.liquid_diffusion(preset, lean=False, **overrides)
+    for module in list(model.modules()):
+        if isinstance(module, ld.LiquidDiffusionBlock):
+            change(module)
+    return model
+
+
+def without_mix(block):
+    block.__class__ = NoMixBlock
+    del block.mix
+
+
+def without_feed_forward(block):
+    block.__class__ = NoFeedForwardBlock
+    del block.norm_ff, block.ff
+
+
+def mix_in_cell(block):
+    block.cfc.spatial = MixedContext(block.mix)
+    without_mix(block)
+
+
+def channel_attention(block):
+    block.mix.__class__ = ChannelAttention
+    block.mix.attend = nn.Conv2d(block.mix.project.in_channels, block.mix.project.in_channels, 1)
 
 
 def no_gate(preset="tiny", **overrides):
@@ -212,6 +327,7 @@ def small_networks(size):
     nano = partial(ld.liquid_diffusion, "nano")
     return {
         "ours": nano,
+        "formulas": partial(nano, lean=False),
         "unet": partial(UNet, (24, 40, 56), False, 8),
         "unet-attention": partial(UNet, (24, 32, 56), True, 8, 8),
         "dit-2": partial(DiT, 2, size, 26, 4),
@@ -228,6 +344,14 @@ def small_networks(size):
         "rho spread, -3 to 3": partial(with_rho, lambda n: torch.linspace(-3, 3, n), "nano"),
         "shift of picture and time": partial(with_cell, FeatureShift, "nano"),
         "h + gate g": partial(no_gate, "nano"),
+        "gate of the paper": partial(with_cell, PaperGate, "nano"),
+        "gate of ncps": partial(with_cell, NcpsGate, "nano"),
+        "gate times h": partial(with_cell, GatedHead, "nano"),
+        "tanh heads": partial(with_cell, TanhHeads, "nano"),
+        "no mix": partial(changed_blocks, without_mix, "nano", channels=(32, 64, 112)),
+        "mix in the cell": partial(changed_blocks, mix_in_cell, "nano", channels=(32, 72, 104)),
+        "no feed-forward": partial(changed_blocks, without_feed_forward, "nano", channels=(40, 80, 136)),
+        "channel attention": partial(changed_blocks, channel_attention, "nano", channels=(32, 64, 88)),
     }
 
 
