@@ -10,8 +10,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import quality  # noqa: E402
+import quality_tables  # noqa: E402
 from networks import FeatureShift, ld, small_networks  # noqa: E402
-from quality import STEPS, Run  # noqa: E402
+from quality import Run, Study  # noqa: E402
+
+CATS = Study("cats", 150)
 
 
 def record(run, mse, **values):
@@ -23,7 +26,8 @@ def results(tmp_path, monkeypatch):
     """An empty folder of results; done(run, mse) puts a run into it."""
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
     seconds = {"ours": [2.0, 4.0, 6.0], "unet": [1.0, 2.0, 1.0], "unet-attention": [2.0, 4.0, 6.0]}
-    quality.write(tmp_path / "step-times.json", dict(seconds=seconds))
+    quality.write(tmp_path / "step-times-16.json", dict(seconds=seconds))
+    quality.write(tmp_path / "step-times-32.json", dict(seconds={"ours": [8.0, 9.0, 7.0]}))
     return lambda run, mse: quality.write(tmp_path / "records" / f"{run.name}.json", record(run, mse))
 
 
@@ -37,48 +41,69 @@ def loss(lr, best):
 )
 def test_the_search_goes_on_until_the_best_rate_has_a_worse_one_on_either_side(results, best, extra):
     tried = []
-    for run in quality.search("cats", "ours"):
+    for run in quality.search(CATS, "ours"):
         tried.append(run.lr)
         results(run, loss(run.lr, best))
     assert tried == pytest.approx([4e-3, 8e-3, 16e-3, 32e-3, *extra])
-    assert quality.best_rate(quality.records(), "cats", "ours") == pytest.approx(best)
+    assert quality.best_rate(quality.records(), CATS, "ours") == pytest.approx(best)
 
 
 def test_a_rate_that_gave_no_finite_loss_is_never_the_best(results):
     for lr, mse in ((4e-3, float("nan")), (8e-3, 0.3), (16e-3, float("nan"))):
         results(Run("cats", "ours", lr), mse)
-    assert quality.best_rate(quality.records(), "cats", "ours") == 8e-3
+    assert quality.best_rate(quality.records(), CATS, "ours") == 8e-3
 
 
 def test_equal_time_is_the_median_of_ratios_within_rounds(results):
-    assert quality.steps_in_equal_time("unet") == 2 * STEPS
-    assert quality.steps_in_equal_time("ours") == STEPS
+    assert quality.steps_in_equal_time(CATS, "unet") == 2 * CATS.steps
+    assert quality.steps_in_equal_time(CATS, "ours") == CATS.steps
+
+
+def test_a_run_that_grows_takes_the_time_of_one_that_does_not(results):
+    steps = quality.steps_while_growing(Study("cats at 32 px", 300))
+    assert steps == 480  # a step of 8 s at 32 px, of 4 s at 16 px
+    small = round(quality.SMALL_SHARE * steps)
+    assert small * 4 + (steps - small) * 8 == 300 * 8
+
+
+def test_pictures_grow_after_their_share_of_the_steps():
+    class Witness:
+        seen, update = [], quality.trainer_of(Run("cats", "resblocks", 1e-2, steps=8)).update
+
+        def train_step(self, images):
+            self.seen.append(tuple(images.shape))
+
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    quality.fit(Witness(), images, 0, 8, "", batch_size=2, small_share=3 / 4)
+    assert Witness.seen == [(2, 3, 16, 16)] * 6 + [(2, 3, 32, 32)] * 2
 
 
 def test_every_seed_is_run_at_each_familys_own_rate_in_equal_steps_and_in_equal_time(results):
     best = {"ours": 16e-3, "unet": 8e-3}
     asked = []
     for network in best:
-        for run in quality.family("cats", network):
+        for run in quality.family(CATS, network):
             if run not in asked:
                 asked.append(run)
                 results(run, loss(run.lr, best[run.network]))
     final = {(run.network, run.seed, run.steps) for run in asked if run.lr == best[run.network]}
-    assert final == {(n, s, k) for s in (0, 1, 2) for n, k in (("ours", STEPS), ("unet", STEPS), ("unet", 2 * STEPS))}
+    assert final == {(n, s, k) for s in (0, 1, 2) for n, k in (("ours", 150), ("unet", 150), ("unet", 300))}
     assert {run.seed for run in asked if run.lr != best[run.network]} == {0}
-    unet = quality.comparison_table(quality.records(), "cats").splitlines()[3]
+    unet = quality_tables.comparison_table(quality.records(), CATS).splitlines()[3]
     scores = "1 (1 to 1) | 100 (100 to 100)"
-    assert unet == f"| unet | 1 | 0.008 | 3 | {scores} | {2 * STEPS} x 3 | {scores} |"
+    assert unet == f"| unet | 1 | 0.008 | 3 | {scores} | 300 x 3 | {scores} |"
 
 
 def test_differences_are_taken_seed_by_seed():
     ours = {seed: dict(mse=0.1 * seed) for seed in (0, 1, 2)}
     other = {seed: dict(mse=0.1 * seed + 0.01) for seed in (2, 1)}
-    assert quality.paired(other, ours, "mse") == pytest.approx([0.01, 0.01])
-    assert quality.verdict([0.01, 0.011, 0.012]) == "worse"
-    assert quality.verdict([-0.01, -0.011, -0.012]) == "better"
-    assert quality.verdict([0.01, 0.03]) == "worse" and quality.verdict([0.01, 0.04]) == "within the spread"
-    assert quality.verdict([-0.01, 0.001]) == "within the spread" and quality.verdict([-1]) == "one seed"
+    assert quality_tables.paired(other, ours, "mse") == pytest.approx([0.01, 0.01])
+    assert quality_tables.verdict([0.01, 0.011, 0.012]) == "worse"
+    assert quality_tables.verdict([-0.01, -0.011, -0.012]) == "better"
+    assert (
+        quality_tables.verdict([0.01, 0.03]) == "worse" and quality_tables.verdict([0.01, 0.04]) == "within the spread"
+    )
+    assert quality_tables.verdict([-0.01, 0.001]) == "within the spread" and quality_tables.verdict([-1]) == "one seed"
 
 
 def test_names_of_runs_differ_whenever_the_runs_do():
@@ -89,10 +114,11 @@ def test_names_of_runs_differ_whenever_the_runs_do():
 
 def test_the_page_shows_the_tables_of_the_committed_results():
     known = quality.records()
-    assert len(known) >= 9 and all(r["image_size"] == 16 and r["skipped"] == 0 for r in known.values())
-    text = quality.tables(known)
+    assert len(known) >= 9 and all(r["skipped"] == 0 for r in known.values())
+    assert all(r["image_size"] == quality.SETS[r["data"]][1] for r in known.values())
+    text = quality_tables.tables(known)
     assert "| ours | 922,547 |" in text and "| unet | 900,427 |" in text
-    assert text in quality.DOCS.read_text(), "run benchmarks/quality.py --table"
+    assert text in quality_tables.DOCS.read_text(), "run benchmarks/quality_tables.py"
 
 
 @pytest.mark.parametrize("name", small_networks(16))
@@ -122,6 +148,68 @@ def test_each_changed_gate_sees_what_its_name_says():
     assert cells(small_networks(16)["gate 1-2"]())[0].gate(z, e) == 0.5
 
 
+def test_the_gates_of_the_paper_and_of_ncps_see_t_itself_and_no_embedding_of_it():
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([0.0, 1.0])
+    for name, at_zero in (("gate of the paper", lambda cell, z: torch.full_like(cell.f(z), 0.5)),
+                          ("gate of ncps", lambda cell, z: torch.sigmoid(cell.s(z)))):  # fmt: skip
+        model = small_networks(16)[name]()
+        model(x, t)
+        cell, (z, e) = cells(model)[0], (torch.randn(2, 16, 4, 4), torch.randn(2, 24))
+        gate = cell.gate(z, e)
+        torch.testing.assert_close(gate, cell.gate(z, torch.randn(2, 24)))
+        torch.testing.assert_close(gate[0], at_zero(cell, z)[0])
+        sign = -1 if name == "gate of the paper" else 1
+        torch.testing.assert_close(gate[1].logit(), sign * cell.f(z)[1] + (cell.s(z)[1] if sign > 0 else 0))
+
+
+def test_blocks_lose_the_part_that_their_name_says():
+    torch.manual_seed(0)
+    x, t, e = torch.randn(2, 32, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 24)
+
+    def block(name):
+        return next(m for m in small_networks(16)[name]().modules() if isinstance(m, ld.LiquidDiffusionBlock))
+
+    def cell(b, x):
+        n = b.norm_cfc(x, e)
+        return b.relaxation(x, n, b.cfc(n, e), t)
+
+    b = block("no mix")
+    torch.testing.assert_close(b(x, t, e), cell(b, x) + b.ff(b.norm_ff(cell(b, x), e)))
+    b = block("no feed-forward")
+    x40 = torch.randn(2, 40, 8, 8)
+    torch.testing.assert_close(b(x40, t, e), cell(b, x40) + b.mix(cell(b, x40), e))
+    b = block("mix in the cell")
+    torch.nn.init.ones_(b.cfc.spatial.pool_weight)
+    moved = b.cfc.spatial(x + 1) - b.cfc.spatial(x)  # inside the border, a constant adds the kernels' sums and the mean
+    weight, _ = ld.MultiScaleSpatialMix.merged_kernel(b.cfc.spatial)
+    torch.testing.assert_close(moved[..., 4, 4], (weight.sum((1, 2, 3)) + 1).expand(2, -1), atol=1e-4, rtol=1e-4)
+    b = block("channel attention")
+    torch.nn.init.zeros_(b.mix.attend.weight), torch.nn.init.constant_(b.mix.attend.bias, 50)  # all doors open
+    plain = ld.MultiScaleSpatialMix.forward(b.mix, x, e)  # its pool weight is zero at the start
+    torch.testing.assert_close(b.mix(x, e), plain)
+    torch.nn.init.constant_(b.mix.attend.bias, -50)
+    torch.testing.assert_close(b.mix(x, e), b.mix.project.bias[:, None, None].expand(2, 32, 8, 8))
+
+
+def test_immiscible_noise_is_the_nearest_of_four():
+    seen = []
+
+    class Witness(quality.Immiscible):
+        def accumulate(self, images, noise, t):
+            seen.append((images - noise).square().mean())
+            return super().accumulate(images, noise, t)
+
+    trainer = quality.trainer_of(Run("cats", "resblocks", 1e-2, recipe="immiscible", steps=4))
+    assert type(trainer) is quality.Immiscible
+    trainer.__class__ = Witness
+    images = torch.rand(64, 3, 8, 8) * 2 - 1
+    trainer.train_step(images)
+    d = (torch.randn(4, 4096, 192) - images.flatten(1).repeat(64, 1)).square().mean(2)
+    assert seen[0].item() == pytest.approx(d.min(0).values.mean().item(), rel=0.01)
+    assert seen[0] < 0.97 * d.mean()
+
+
 def test_feature_shift_without_its_kernel_is_our_cell():
     torch.manual_seed(0)
     model = small_networks(16)["shift of picture and time"]()
@@ -132,8 +220,12 @@ def test_feature_shift_without_its_kernel_is_our_cell():
     torch.testing.assert_close(cell.gate(z, e), ld.ParallelCfC.gate(cell, z, e))
 
 
-def test_muon_moves_the_1x1_kernels_and_adamw_all_else():
-    trainer = quality.trainer_of(Run("cats", "ours", 1e-3, steps=4, recipe="muon"))
+@pytest.mark.parametrize("recipe, sizes", [("muon", {1}), ("muon for 3x3 too", {1, 3})])
+def test_muon_moves_its_kernels_and_adamw_all_else(recipe, sizes):
+    trainer = quality.trainer_of(Run("cats", "ours", 1e-3, steps=4, recipe=recipe))
+    taken = trainer.update.optimizer.kernels
+    assert {kernel.shape[-1] for kernel, _ in taken} == sizes and all(kernel.shape[1] > 1 for kernel, _ in taken)
+    assert all(kernel.data_ptr() == matrix.data_ptr() for kernel, matrix in taken)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     for _ in range(2):  # after one, kernels behind a modulation that starts at zero have moved too
         trainer.train_step(torch.rand(4, 3, 16, 16) * 2 - 1)
