@@ -1,4 +1,5 @@
 # make train    trains in a fresh environment: SOURCE=folder|zip|Hub id  PRESET=tiny  SIZE=64  MINUTES=30  BATCH=128  SEED=0
+#               RECIPE=plain
 # make test     everything CI checks, with today's newest packages
 # make test-colab   the same unit tests and notebook smoke with Colab's versions
 # make browser  two notebooks in JupyterLab, driven by headless Chromium; screenshots in .venv/browser
@@ -20,7 +21,8 @@ LD_IMAGE_SIZE ?= $(SIZE)
 LD_MINUTES    ?= $(MINUTES)
 LD_BATCH_SIZE ?= $(BATCH)
 LD_SEED       ?= $(SEED)
-export LD_SOURCE LD_PRESET LD_IMAGE_SIZE LD_MINUTES LD_BATCH_SIZE LD_SEED
+LD_RECIPE     ?= $(RECIPE)
+export LD_SOURCE LD_PRESET LD_IMAGE_SIZE LD_MINUTES LD_BATCH_SIZE LD_SEED LD_RECIPE
 
 train: $(VENV)/run
 	@$(BIN)/python run_notebook.py $(NOTEBOOK)

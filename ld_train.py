@@ -17,7 +17,7 @@ from ld_checkpoint import Keeper, all_finite, code_version, random_state, set_ra
 from ld_data import open_images, to_model_range
 from ld_utils import LiveFigure
 
-SAME_RUN = ("source", "preset", "image_size", "plan", "seed")  # settings that may not change within a run
+SAME_RUN = ("source", "preset", "image_size", "plan", "recipe", "seed")  # settings that may not change within a run
 PATIENCE = 20  # steps in a row without a finite gradient; float16 needs a few at the start to find its loss scale
 
 

@@ -175,6 +175,7 @@ class Settings:
     steps: int = 50  # Euler steps of the final grid
     run_dir: Path = Path("runs")
     plan: str = ""  # growing resolution, "64:0.6,128:0.4": side in pixels and share of the budget, stage by stage
+    recipe: str = "measured"  # of network and trainer: what won in comparisons, or "plain", the literal formulas
     resume: str = "auto"  # "auto" goes on with the run in run_dir, "never" sets it aside and starts anew
     backup: str = ""  # a folder, say on a mounted drive, that gets a copy of every checkpoint
     save_every: float = 60.0  # seconds between checkpoints
@@ -249,9 +250,10 @@ DRIVE = Path("/content/drive/MyDrive")  # where Colab mounts it
 def run_folder(chosen):
     """A folder that is the same whenever the settings are, so that running the notebook again finds its earlier run."""
     size = chosen.get("plan") or f"{chosen['image_size']}px"
-    words = [chosen["source"], chosen["preset"], size, f"seed{chosen['seed']}", "smoke"]
-    kept = words[:3] + words[3:4] * bool(chosen["seed"]) + words[4:] * chosen["smoke"]
-    return Path("runs", "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.") for word in kept))
+    recipe = chosen.get("recipe", "measured")
+    kept = [chosen["source"], chosen["preset"], size, recipe * (recipe != "measured")]
+    kept += [f"seed{chosen['seed']}" * bool(chosen["seed"]), "smoke" * chosen["smoke"]]
+    return Path("runs", "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.") for word in kept if word))
 
 
 def _parse(name, text, kind):

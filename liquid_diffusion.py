@@ -595,11 +595,25 @@ PRESETS = {
 }
 
 
-def liquid_diffusion(preset, **overrides):
-    """A LiquidDiffusion by preset name; any argument of LiquidDiffusion may be overridden. ValueError for an unknown name."""
+RECIPES = ("measured", "plain")  # what won in comparisons, and the literal formulas; see RectifiedFlowTrainer
+
+
+def check_recipe(recipe):
+    """Raise a ValueError for a name that is not in RECIPES."""
+    if recipe not in RECIPES:
+        raise ValueError(f"There is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}.")
+
+
+def liquid_diffusion(preset, recipe="measured", **overrides):
+    """A LiquidDiffusion by preset name; any argument of LiquidDiffusion may be overridden. ValueError for an unknown name.
+
+    recipe="plain" joins input and cell by the literal formula, relaxation="spec".
+    """
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
-    return LiquidDiffusion(**{**PRESETS[preset], **overrides})
+    check_recipe(recipe)
+    plain = dict(relaxation="spec") if recipe == "plain" else {}
+    return LiquidDiffusion(**{**PRESETS[preset], **plain, **overrides})
 
 
 def liquid_diffusion_nano(**overrides):
@@ -1050,20 +1064,24 @@ class RectifiedFlowTrainer(FitsMachine, RectifiedFlow):
 
     lr, total_steps and the other `options`: see WeightUpdate. Without total_steps the caller may set `progress` (0 to 1), or
     the rate stays. micro_batch: pictures on the device at once; larger batches accumulate their gradients.
+    recipe="plain": lr=1e-4 for every weight and uniform times, unless they are given; ValueError for an unknown name.
     """
 
     state_dict, load_state_dict, self_test = trainer_state, load_trainer_state, self_test
 
     def __init__(
         self, model, lr=None, device=None, precision=None, seed=0, micro_batch=None,
-        time_distribution="logit-normal", shift=1.0, **options,
+        recipe="measured", time_distribution=None, shift=1.0, **options,
     ):  # fmt: skip
         super().__init__(model, device, precision, seed)
+        check_recipe(recipe)
+        if recipe == "plain":
+            lr, time_distribution = lr or 1e-4, time_distribution or "uniform"
         self.update = WeightUpdate(self.model.train(), self.precision, lr, **options)
         self.generator = torch.Generator(self.device).manual_seed(seed)  # times and noise of training
         self.micro_batch, self.progress, self.say = micro_batch, 0.0, print
         self.checkpointing = any(getattr(module, "checkpointing", False) for module in model.modules())
-        self.time_distribution, self.shift = time_distribution, shift
+        self.time_distribution, self.shift = time_distribution or "logit-normal", shift
 
     def train_step(self, images):
         """One step on images [B, C, H, W] in [-1, 1]; returns loss and grad_norm (tensors: reading one waits for the GPU) and lr.

@@ -28,13 +28,15 @@ def work():
         batch_size=0,
         seed=0,
         plan="",
+        recipe="measured",
         resume="auto",
         backup="",
         smoke=False,
     )
     cache = open_images(settings.source, settings.stages[0].image_size)
     torch.manual_seed(settings.seed)
-    trainer = SharedTrainer(liquid_diffusion(settings.preset), seed=settings.seed)
+    model = liquid_diffusion(settings.preset, settings.recipe)
+    trainer = SharedTrainer(model, seed=settings.seed, recipe=settings.recipe)
     ld_parallel.train(trainer, cache, settings)
     if ld_parallel.is_first():
         save_weights(trainer.update.ema.model, settings.run_dir / "weights.safetensors", source=settings.source)

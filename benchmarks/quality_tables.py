@@ -127,7 +127,15 @@ def recipe_variants(known, study):
                 yield f"growing, {steps} steps: equal time", values | dict(steps=steps)
         elif recipe != "default":
             losses = curve(known, study, "ours", recipe)
-            yield recipe, values | (dict(lr=min(losses, key=losses.get)) if losses else {})
+            values |= dict(lr=min(losses, key=losses.get)) if losses else {}
+            yield recipe, values
+            others = {
+                r["steps"]
+                for r in known.values()
+                if recipe == "muon" and (r["data"], r["recipe"]) == (study.data, recipe)
+            }
+            for steps in sorted(n for n in others if study.steps / 2 < n < study.steps):
+                yield f"{recipe}, {steps} steps: equal time", values | dict(steps=steps)
 
 
 def unet_table(known, study):

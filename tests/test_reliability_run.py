@@ -78,12 +78,15 @@ def test_a_checkpoint_holds_all_that_was_promised(tmp_path, pictures):
 def test_the_folder_follows_the_settings(monkeypatch):
     form = dict(source="a/b c", preset="nano", image_size=32, minutes=1.0, batch_size=8, seed=0, plan="", resume="auto")
     monkeypatch.delenv("LD_RUN_DIR", raising=False)
-    for name in ("SOURCE", "PRESET", "IMAGE_SIZE", "MINUTES", "BATCH_SIZE", "SEED", "PLAN", "SMOKE"):
+    for name in ("SOURCE", "PRESET", "IMAGE_SIZE", "MINUTES", "BATCH_SIZE", "SEED", "PLAN", "RECIPE", "SMOKE"):
         monkeypatch.delenv(f"LD_{name}", raising=False)
     read = lambda **changes: ld_utils.read_settings(**{**form, "backup": "", "smoke": False, **changes})  # noqa: E731
     assert str(read().run_dir) == "runs/a-b-c-nano-32px" == str(read(minutes=9.0).run_dir)
-    folders = {str(read(**change).run_dir) for change in (dict(seed=1), dict(preset="tiny"), dict(image_size=64))}
-    assert len(folders | {str(read().run_dir)}) == 4
+    folders = {
+        str(read(**change).run_dir)
+        for change in (dict(seed=1), dict(preset="tiny"), dict(image_size=64), dict(recipe="plain"))
+    }
+    assert len(folders | {str(read().run_dir)}) == 5
     settings = read()
     settings.change("preset", "tiny")
     assert str(settings.run_dir) == "runs/a-b-c-tiny-32px"

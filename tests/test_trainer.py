@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import liquid_diffusion as ld
-from liquid_diffusion import LiquidDiffusion, PowerEMA, RectifiedFlowTrainer, lr_factor, parameter_groups
+from liquid_diffusion import (
+    LiquidDiffusion,
+    PowerEMA,
+    RectifiedFlowTrainer,
+    liquid_diffusion,
+    lr_factor,
+    parameter_groups,
+)
 
 
 def small_trainer(**options):
@@ -50,6 +57,23 @@ def test_a_given_rate_is_used_for_every_weight():
     trainer = small_trainer(lr=1e-4, warmup_steps=1)
     trainer.train_step(pictures())
     assert {group["lr"] for group in trainer.update.optimizer.param_groups} == {1e-4}
+
+
+def test_the_plain_recipe_is_the_literal_specification_one_keyword_away():
+    model = liquid_diffusion("nano", "plain")
+    assert {m.form for m in model.modules() if isinstance(m, ld.LiquidRelaxation)} == {"spec"}
+    trainer = RectifiedFlowTrainer(model, device="cpu", recipe="plain", warmup_steps=1)
+    trainer.train_step(pictures())
+    assert {group["lr"] for group in trainer.update.optimizer.param_groups} == {1e-4}
+    assert trainer.time_distribution == "uniform"
+    assert small_trainer().time_distribution == "logit-normal"
+    given = RectifiedFlowTrainer(
+        liquid_diffusion("nano"), 3e-4, "cpu", recipe="plain", time_distribution="logit-normal"
+    )
+    assert (given.update.peak_lrs, given.time_distribution) == ([3e-4], "logit-normal")
+    for build in (lambda: liquid_diffusion("nano", "tasty"), lambda: RectifiedFlowTrainer(model, recipe="tasty")):
+        with pytest.raises(ValueError, match="no recipe 'tasty'; choose one of measured, plain"):
+            build()
 
 
 def test_the_recipe_scales_the_rate_by_fan_in():
