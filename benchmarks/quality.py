@@ -43,16 +43,16 @@ RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
 ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
-    "gate of the picture",
-    "one head, no gate",
-    "h + gate g",
     "gate times h",
+    "one head, no gate",
+    "gate of the picture",
     "gate of the paper",
     "gate of ncps",
-    "shift of picture and time",
-    "tanh heads",
     "relaxation spec",
     "relaxation only",
+    "h + gate g",
+    "shift of picture and time",
+    "tanh heads",
     "rho from 3",
     "rho spread, -3 to 3",
 )
@@ -390,8 +390,9 @@ def short(study):
         yield from untuned(study)
         yield from tuned(study, "plain", (1e-3, 2e-3, 4e-3, 8e-3), "relaxation spec")
         yield from family(study, "resblocks")
-        for seed in SEEDS:
-            yield from ablated(study, seed, ABLATED_TOO + BLOCKS)
+        for network in BLOCKS + ABLATED_TOO:
+            for seed in SEEDS:
+                yield from ablated(study, seed, (network,))
         for network in COMPARED[:2]:
             yield from tuned(study, "slow start", network=network)
         yield from family(study, "dit-2")
@@ -409,7 +410,6 @@ def longer(study):
         yield muon_in_equal_time(study, seed)
         yield from ablated(study, seed, ("no cell", "gate 1-2", "relaxation off"))
     for seed in SEEDS:
-        yield by_recipe(study, "slow start", seed)
         yield from ablated_in_equal_time(study, seed, "no cell")
 
 
