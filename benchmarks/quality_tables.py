@@ -32,8 +32,9 @@ def spread(values, sign=""):
 
 
 def paired(runs, reference, key):
-    """Differences to the reference, seed by seed, for the seeds that both have."""
-    return [run[key] - reference[seed][key] for seed, run in sorted(runs.items()) if seed in reference]
+    """Differences to the reference, seed by seed, for the seeds of which both have the score."""
+    both = [(run, reference[seed]) for seed, run in sorted(runs.items()) if seed in reference]
+    return [run[key] - other[key] for run, other in both if key in run and key in other]
 
 
 def verdict(differences):
@@ -54,8 +55,9 @@ def rate_table(known):
     """Velocity MSE at every rate tried, seed 0; the best in bold."""
     curves = {}
     for study, _ in STUDIES.values():
+        wanted = dict(data=study.data, steps=study.steps)
         here = {
-            (r["network"], r["recipe"]) for r in known.values() if (r["data"], r["steps"]) == (study.data, study.steps)
+            (r["network"], r["recipe"]) for r in known.values() if all(r[k] == value for k, value in wanted.items())
         }
         curves |= {(study, *key): curve(known, study, *key) for key in sorted(here)}
     curves = {key: losses for key, losses in curves.items() if len(losses) > 2}
@@ -77,30 +79,32 @@ def comparison_table(known, study, networks=FAMILIES):
         lr, steps = best_rate(known, study, network), steps_in_equal_time(study, network)
         here = dict(data=study.data, network=network, recipe="default", lr=lr)
         equal_steps, equal_time = (list(seeds_of(known, **here, steps=n).values()) for n in (study.steps, steps))
-        lines.append([network, f"{equal_steps[0]['parameters']:,}", f"{lr:g}", str(len(equal_steps))])
-        for runs in (equal_steps, equal_time):
-            lines[-1] += [spread([r[key] for r in runs]) for key in ("mse", "frechet")]
-        lines[-1].insert(6, f"{steps} x {len(equal_time)}")
-    head = ["network", "parameters", "rate", "seeds", f"MSE, {study.steps} steps", "Frechet"]
+        line = [network, f"{equal_steps[0]['parameters']:,}", f"{lr:g}"]
+        for n, runs in ((study.steps, equal_steps), (steps, equal_time)):
+            line += [f"{n} x {len(runs)}", *(spread([r[key] for r in runs if key in r]) for key in ("mse", "frechet"))]
+        lines.append(line)
+    head = ["network", "parameters", "rate", "equal steps x seeds", "MSE", "Frechet"]
     return rows([*head, "equal time: steps x seeds", "MSE", "Frechet"], lines)
 
 
-def difference_table(known, study, variants):
-    """Each (name, values of its runs) against ours by the default recipe: differences seed by seed, below 0 is better."""
+def difference_table(known, study, variants, lr=None):
+    """Each (name, values of its runs) against ours by the default recipe: differences seed by seed, below 0 is better.
+
+    lr: the rate of those that name none; ours' best if None.
+    """
     if not curve(known, study, "ours"):
         return ""
-    ours = dict(
-        data=study.data, network="ours", recipe="default", lr=best_rate(known, study, "ours"), steps=study.steps
-    )
+    lr = lr or best_rate(known, study, "ours")
+    ours = dict(data=study.data, network="ours", recipe="default", lr=lr, steps=study.steps)
     reference, lines = seeds_of(known, **ours), []
     for name, values in variants:
         runs = seeds_of(known, **(ours | values))
         if runs:
             losses, distances = (paired(runs, reference, key) for key in ("mse", "frechet"))
             line = [name, str(len(losses)), spread(losses, "+"), verdict(losses), spread(distances, "+")]
-            lines.append([*line, verdict(distances)])
+            lines.append([*line, verdict(distances) if distances else ""])
     head = ["variant", "seeds", "MSE minus ours, mean (range)", "", "Frechet minus ours, mean (range)", ""]
-    level = ", ".join(f"{key} {spread([r[key] for r in reference.values()])}" for key in ("mse", "frechet"))
+    level = ", ".join(f"{key} {spread([r[key] for r in reference.values() if key in r])}" for key in ("mse", "frechet"))
     return f"Ours: {level}, {len(reference)} seeds.\n\n" + rows(head, lines) if lines else ""
 
 
@@ -108,8 +112,8 @@ def liquid_variants(known, study):
     """(name, values) of the changed networks, at equal steps, and without the cell in equal time."""
     for network in VARIANTS:
         yield network, dict(network=network)
-    steps = steps_in_equal_time(study, "no cell")
-    yield f"no cell, {steps} steps: equal time", dict(network="no cell", steps=steps)
+        steps = steps_in_equal_time(study, network)
+        yield f"{network}, {steps} steps: equal time", dict(network=network, steps=steps)
 
 
 def recipe_variants(known, study):
@@ -151,7 +155,7 @@ def unet_table(known, study):
             runs = seeds_of(known, **here, recipe=recipe, lr=min(losses, key=losses.get))
             cells = [recipe, f"{min(losses, key=losses.get):g}", str(len(runs))]
             for key in ("mse", "frechet"):
-                cells += [spread([r[key] for r in runs.values()]), spread(paired(runs, usual, key), "+")]
+                cells += [spread([r[key] for r in runs.values() if key in r]), spread(paired(runs, usual, key), "+")]
             lines.append(cells)
     return rows(["recipe", "rate", "seeds", "MSE", "minus its default", "Frechet", "minus its default"], lines)
 
@@ -165,18 +169,19 @@ def average_table(known, study):
 
 
 def solver_table():
-    """Frechet distance against the number of steps, Euler's and Heun's."""
-    path = quality.RESULTS / "sampling-steps.json"
-    if not path.exists():
+    """Frechet distance against the number of steps, Euler's and Heun's, for each network that was scored so."""
+    lines, counts = [], quality.COUNTS
+    for path in sorted((quality.RESULTS / "sampling-steps").glob("*.json")):
+        study = json.loads(path.read_text())
+        for solver in ("euler", "heun"):
+            scores = [study["scores"].get(f"{solver} {n}", {}).get("frechet") for n in counts]
+            cells = ["" if score is None else f"{score:.3g}" for score in scores]
+            lines.append([f"rate {study['lr']:g}, MSE {study['mse']:.4f}", solver, *cells])
+    if not lines:
         return ""
-    study = json.loads(path.read_text())
-    counts = sorted({int(name.split()[1]) for name in study["scores"]})
-    lines = [
-        [solver, *(f"{study['scores'][f'{solver} {n}']['frechet']:.3g}" for n in counts)]
-        for solver in ("euler", "heun")
-    ]
-    note = f"{study['steps']} training steps, velocity MSE {study['mse']:.4f}; held-out pictures score "
-    return f"{note}{study['held_out']['frechet']:.3g}.\n\n" + rows(["Frechet at steps", *map(str, counts)], lines)
+    note = f"{study['data']}, {study['steps']} training steps, seed {study['seed']}; as many held-out pictures score "
+    table = rows(["network", "Frechet at steps", *map(str, counts)], lines)
+    return f"{note}{study['held_out']['frechet']:.3g}.\n\n{table}"
 
 
 def tables(known):
