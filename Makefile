@@ -3,6 +3,7 @@
 # make test     everything CI checks, with today's newest packages
 # make test-colab   the same unit tests and notebook smoke with Colab's versions
 # make browser  two notebooks in JupyterLab, driven by headless Chromium; screenshots in .venv/browser
+# make tables   the tables of README.md and docs/quality.md from the results of the benchmarks
 # make text     the notebook as nb.py, to edit it as text;   make notebook   nb.py back into the notebook and the module
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ NOTEBOOK  := LiquidDiffusion_Training.ipynb
 NOTEBOOKS := $(NOTEBOOK) $(wildcard notebooks/*.ipynb)
 CANONICAL := --extra-keys "metadata.language_info metadata.jupytext cell.id cell.metadata.id cell.metadata.lines_to_next_cell cell.metadata.outputId cell.metadata.executionInfo"
 
-.PHONY: train test test-colab check unit smoke browser canonical export text notebook clean
+.PHONY: train test test-colab check unit smoke browser canonical export tables text notebook clean
 .DELETE_ON_ERROR:
 
 LD_SOURCE     ?= $(SOURCE)
@@ -58,6 +59,10 @@ canonical: $(VENV)/dev
 export: $(VENV)/dev
 	$(BIN)/nb-export $(NOTEBOOK) --lib-path . --name liquid_diffusion --solo-nb
 	$(BIN)/ruff format -q liquid_diffusion.py
+
+tables: $(VENV)/dev
+	$(BIN)/python benchmarks/quality_tables.py > /dev/null
+	$(BIN)/python benchmarks/readme.py
 
 text: $(VENV)/dev
 	$(BIN)/jupytext --to py:percent $(NOTEBOOK) -o nb.py

@@ -148,6 +148,7 @@ class Study:
 
     data: str
     steps: int
+    parts_rate: float | None = None  # at which parts of the network are changed; None: the best rate of ours
 
     @property
     def size(self):
@@ -324,9 +325,9 @@ def steps_while_growing(study):
     return round(study.steps / (SMALL_SHARE / (median(seconds) / median(small)) + 1 - SMALL_SHARE))
 
 
-def by_recipe(study, recipe, seed, network="ours", rated="default"):
-    """A network at the rate that is best for ours by the recipe `rated`."""
-    return Run(study.data, network, best_rate(records(), study, "ours", rated), seed, study.steps, recipe)
+def by_recipe(study, recipe, seed):
+    """Ours by another recipe, at the rate that is best by the default one."""
+    return Run(study.data, "ours", best_rate(records(), study, "ours"), seed, study.steps, recipe)
 
 
 def in_equal_steps(study, seed, networks=COMPARED):
@@ -343,9 +344,10 @@ def in_equal_time(study, seed, networks=COMPARED[1:]):
 
 
 def ablated(study, seed, networks=ABLATED):
-    """The changed networks, at the rate that is best for ours."""
+    """The changed networks, at the rate for parts of the study, or at the one that is best for ours."""
     for network in networks:
-        yield by_recipe(study, "default", seed, network)
+        rate = study.parts_rate or best_rate(records(), study, "ours")
+        yield Run(study.data, network, rate, seed, study.steps)
 
 
 def families(study, networks=COMPARED):
@@ -407,8 +409,9 @@ def longer(study):
     yield from search(study, "ours")
     for seed in SEEDS:
         yield from in_equal_steps(study, seed, ("ours",))
-        yield from ablated(study, seed, ("no cell", "gate 1-2", "relaxation off"))
-        yield Run(study.data, "ours", 8e-3, seed, study.steps)
+        yield from ablated(study, seed, ("ours", "no cell", "gate 1-2", "relaxation off"))
+        steps = steps_in_equal_time(study, "no cell")
+        yield Run(study.data, "no cell", study.parts_rate, seed, steps)
     yield from tuned(study, "muon")
 
 
@@ -425,7 +428,7 @@ def large(study):
 STUDIES = {
     "cats": (Study("cats", 150), short),
     "fashion": (Study("fashion", 150), short),
-    "longer": (Study("cats", 600), longer),
+    "longer": (Study("cats", 600, parts_rate=4e-3), longer),
     "larger": (Study("cats at 32 px", 300), large),
 }
 

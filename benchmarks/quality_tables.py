@@ -104,7 +104,9 @@ def difference_table(known, study, variants, lr=None):
             line = [name, str(len(losses)), spread(losses, "+"), verdict(losses), spread(distances, "+")]
             lines.append([*line, verdict(distances) if distances else ""])
     head = ["variant", "seeds", "MSE minus ours, mean (range)", "", "Frechet minus ours, mean (range)", ""]
-    level = ", ".join(f"{key} {spread([r[key] for r in reference.values() if key in r])}" for key in ("mse", "frechet"))
+    level = f"rate {lr:g}, " + ", ".join(
+        f"{key} {spread([r[key] for r in reference.values() if key in r])}" for key in ("mse", "frechet")
+    )
     return f"Ours: {level}, {len(reference)} seeds.\n\n" + rows(head, lines) if lines else ""
 
 
@@ -191,7 +193,7 @@ def tables(known):
         variants, recipes = (list(make(known, study)) for make in (liquid_variants, recipe_variants))
         parts += [
             (f"{study}: families", comparison_table(known, study)),
-            (f"{study}: the liquid part and the block", difference_table(known, study, variants)),
+            (f"{study}: the liquid part and the block", difference_table(known, study, variants, study.parts_rate)),
             (f"{study}: the recipe", difference_table(known, study, recipes)),
             (f"{study}: the recipe, with the U-Net without attention", unet_table(known, study)),
             (f"{study}: averaged weights", average_table(known, study)),
