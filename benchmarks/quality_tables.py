@@ -70,19 +70,30 @@ def rate_table(known):
     return rows(["study, network, recipe", *(f"{lr:g}" for lr in rates)], lines)
 
 
+def rates_shown(known, study, network):
+    """The best rate by the loss at seed 0, and the next where it was run with more seeds: one seed may choose badly."""
+    losses = curve(known, study, network)
+    first, second = sorted(losses, key=losses.get)[:2]
+    wanted = dict(data=study.data, network=network, recipe="default", lr=second)
+    steps = (study.steps, steps_in_equal_time(study, network))
+    return [first, second][: 1 + (max(len(seeds_of(known, **wanted, steps=n)) for n in steps) > 1)]
+
+
 def comparison_table(known, study, networks=FAMILIES):
-    """Every family at its own best rate, at equal steps and in equal time."""
+    """Every family at its own best rates, at equal steps and in equal time."""
     lines = []
     for network in networks:
-        if not curve(known, study, network):
+        if len(curve(known, study, network)) < 2:
             continue
-        lr, steps = best_rate(known, study, network), steps_in_equal_time(study, network)
-        here = dict(data=study.data, network=network, recipe="default", lr=lr)
-        equal_steps, equal_time = (list(seeds_of(known, **here, steps=n).values()) for n in (study.steps, steps))
-        line = [network, f"{equal_steps[0]['parameters']:,}", f"{lr:g}"]
-        for n, runs in ((study.steps, equal_steps), (steps, equal_time)):
-            line += [f"{n} x {len(runs)}", *(spread([r[key] for r in runs if key in r]) for key in ("mse", "frechet"))]
-        lines.append(line)
+        steps = steps_in_equal_time(study, network)
+        for lr in rates_shown(known, study, network):
+            here = dict(data=study.data, network=network, recipe="default", lr=lr)
+            equal_steps, equal_time = (list(seeds_of(known, **here, steps=n).values()) for n in (study.steps, steps))
+            line = [network, f"{(equal_steps + equal_time)[0]['parameters']:,}", f"{lr:g}"]
+            for n, runs in ((study.steps, equal_steps), (steps, equal_time)):
+                line += [f"{n} x {len(runs)}"]
+                line += [spread([r[key] for r in runs if key in r]) for key in ("mse", "frechet")]
+            lines.append(line)
     head = ["network", "parameters", "rate", "equal steps x seeds", "MSE", "Frechet"]
     return rows([*head, "equal time: steps x seeds", "MSE", "Frechet"], lines)
 
