@@ -135,7 +135,7 @@ def recipe_variants(known, study):
         values = dict(recipe=recipe)
         if recipe == "plain":
             yield "plain: the literal specification, 1e-4", values | dict(network="relaxation spec", lr=1e-4)
-            if not curve(known, study, "relaxation spec", recipe):
+            if len(curve(known, study, "relaxation spec", recipe)) < 4:  # that one alone: no best rate yet
                 continue
             rate = best_rate(known, study, "relaxation spec", recipe)
             yield f"plain, at its best rate, {rate:g}", values | dict(network="relaxation spec", lr=rate)

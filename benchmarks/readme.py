@@ -12,8 +12,8 @@ from statistics import mean
 
 import quality
 import recipe
-from quality import STUDIES, records
-from quality_tables import paired, rates_shown, rows, seeds_of, verdict
+from quality import STUDIES, best_rate, records
+from quality_tables import paired, rates_shown, recipe_variants, rows, seeds_of, verdict
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -33,12 +33,14 @@ def families():
         study = STUDIES[name][0]
         for network in quality.COMPARED:
             steps = quality.steps_in_equal_time(study, network)
+            seconds = quality.step_seconds(study.size)
+            cost = f"{1 / quality.ratio(seconds['ours'], seconds[network]):.2f}"
             for lr in rates_shown(known, study, network):
                 runs = list(
                     seeds_of(known, data=study.data, network=network, recipe="default", lr=lr, steps=steps).values()
                 )
-                lines.append([title, NAMES[network], f"{lr:g}", f"{steps} × {len(runs)}", *scores(runs)])
-    return rows(["set", "network", "rate", "steps in equal time × seeds", "MSE", "Frechet"], lines)
+                lines.append([title, NAMES[network], f"{lr:g}", cost, f"{steps} × {len(runs)}", *scores(runs)])
+    return rows(["set", "network", "rate", "time of a step", "steps in equal time × seeds", "MSE", "Frechet"], lines)
 
 
 def scores(runs):
@@ -51,20 +53,45 @@ def liquid():
     """What becomes of the longer runs without the parts that are liquid, seed by seed."""
     known, study = records(), STUDIES["longer"][0]
     here = dict(data=study.data, steps=study.steps, recipe="default", lr=study.parts_rate)
-    ours, lines = seeds_of(known, **here, network="ours"), []
-    titles = {"gate 1-2": "gate fixed at 1/2", "relaxation off": "no relaxation", "no cell": "no cell at all"}
-    for network, title in titles.items():
-        runs, cells = seeds_of(known, **here, network=network), [title]
+    ours = seeds_of(known, **here, network="ours")
+    steps = quality.steps_in_equal_time(study, "no cell")
+    variants = {
+        "gate fixed at 1/2": dict(network="gate 1-2"),
+        "no relaxation": dict(network="relaxation off"),
+        "no cell at all": dict(network="no cell"),
+        f"no cell at all, {steps} steps: equal time": dict(network="no cell", steps=steps),
+    }
+    level = " and ".join(f"{name} {value}" for name, value in zip(("MSE", "Frechet"), scores(list(ours.values()))))
+    lead = f"Ours after {study.steps} steps at {study.size} px, rate {study.parts_rate:g}: {level}."
+    return f"{lead}\n\n{differences(known, ours, here, variants)}"
+
+
+def recipe_differences():
+    """What becomes of ours, in short and in longer runs, when it is trained otherwise."""
+    known, parts = records(), []
+    for name in ("cats", "longer"):
+        study = STUDIES[name][0]
+        here = dict(data=study.data, steps=study.steps, network="ours", recipe="default")
+        here["lr"] = best_rate(known, study, "ours")
+        ours, variants = seeds_of(known, **here), dict(recipe_variants(known, study))
+        level = " and ".join(f"{name} {value}" for name, value in zip(("MSE", "Frechet"), scores(list(ours.values()))))
+        parts.append(f"Ours after {study.steps} steps at {study.size} px, rate {here['lr']:g}: {level}.")
+        parts.append(differences(known, ours, here, variants))
+    return "\n\n".join(parts)
+
+
+def differences(known, ours, here, variants):
+    """{name: values of its runs} against ours, seed by seed; runs of one seed alone are left out."""
+    lines = []
+    for title, values in variants.items():
+        runs, cells = seeds_of(known, **(here | values)), [title]
         for key, digits in (("mse", 4), ("frechet", 1)):
             found = paired(runs, ours, key)
-            if found:
-                low, middle, high = (f"{value:+.{digits}f}" for value in (min(found), mean(found), max(found)))
-                cells += [f"{middle} ({low} to {high})", verdict(found)]
-        if runs:
+            low, middle, high = (f"{f(found):+.{digits}f}" if found else "" for f in (min, mean, max))
+            cells += [f"{middle} ({low} to {high})", verdict(found)] if found else ["", ""]
+        if len(runs) > 1:
             lines.append([*cells, str(len(runs))])
-    level = " and ".join(f"{name} {value}" for name, value in zip(("MSE", "Frechet"), scores(list(ours.values()))))
-    table = rows(["changed", "MSE minus ours", "", "Frechet minus ours", "", "seeds"], lines)
-    return f"Ours after {study.steps} steps at {study.size} px, rate {study.parts_rate:g}: {level}.\n\n{table}"
+    return rows(["changed", "MSE minus ours", "", "Frechet minus ours", "", "seeds"], lines)
 
 
 def few_steps():
@@ -88,7 +115,13 @@ def recipes():
     return rows(["variant", "velocity MSE on held-out pictures", "seeds"], lines)
 
 
-PARTS = {"families": families, "liquid": liquid, "few steps": few_steps, "recipes": recipes}
+PARTS = {
+    "families": families,
+    "liquid": liquid,
+    "training": recipe_differences,
+    "few steps": few_steps,
+    "recipes": recipes,
+}
 
 
 def filled(text):
