@@ -286,10 +286,15 @@ def curve(known, study, network, recipe="default"):
     return {r["lr"]: r["mse"] if r["mse"] == r["mse"] else float("inf") for r in sorted(here, key=lambda r: r["lr"])}
 
 
+def ranked_rates(known, study, network, recipe="default"):
+    """The rates that were tried, from the lowest loss to the highest."""
+    losses = curve(known, study, network, recipe)
+    return sorted(losses, key=losses.get)
+
+
 def best_rate(known, study, network, recipe="default"):
     """The rate of the lowest loss."""
-    losses = curve(known, study, network, recipe)
-    return min(losses, key=losses.get)
+    return ranked_rates(known, study, network, recipe)[0]
 
 
 def search(study, network, recipe="default", rates=None):
@@ -352,7 +357,7 @@ def ablated(study, seed, networks=ABLATED):
 
 
 def families(study, networks=COMPARED):
-    """The networks a user would pick, rate by rate, then seed by seed."""
+    """The networks a user would pick, rate by rate, then seed by seed; in equal time at the next best rate too."""
     for network in networks:
         yield from search(study, network)
     for seed in SEEDS:
@@ -361,6 +366,10 @@ def families(study, networks=COMPARED):
         yield from in_equal_time(study, seed, [network for network in networks if network != "ours"])
     for seed in SEEDS:
         yield from in_equal_steps(study, seed, networks)
+    for seed in SEEDS:
+        for network in networks:
+            rates = ranked_rates(records(), study, network)
+            yield Run(study.data, network, rates[1], seed, steps_in_equal_time(study, network))
 
 
 def slow_starts(study, seed, networks=COMPARED[:2], lr=16e-3):
@@ -491,11 +500,11 @@ def ready(root, names, again=False):
 
 
 def work(sets, names, hours, samples_folder):
-    """Do the queue's runs that have no JSON yet, until the time is up."""
+    """Do the queue's runs that have no JSON yet, or one without distances, until the time is up."""
     end = time.monotonic() + 3600 * hours
     for run in queue(names):
         path = RESULTS / "records" / f"{run.name}.json"
-        if path.exists():
+        if path.exists() and "frechet" in json.loads(path.read_text()):
             continue
         if time.monotonic() > end:
             return

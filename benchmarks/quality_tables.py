@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 import quality
-from quality import STUDIES, best_rate, curve, records, steps_in_equal_time
+from quality import STUDIES, best_rate, curve, ranked_rates, records, steps_in_equal_time
 
 DOCS, MARKS = Path(__file__).parent.parent / "docs" / "quality.md", ("<!-- tables -->", "<!-- end of tables -->")
 FAMILIES = (*quality.COMPARED, "resblocks", "dit-2")
@@ -72,8 +72,7 @@ def rate_table(known):
 
 def rates_shown(known, study, network):
     """The best rate by the loss at seed 0, and the next where it was run with more seeds: one seed may choose badly."""
-    losses = curve(known, study, network)
-    first, second = sorted(losses, key=losses.get)[:2]
+    first, second = ranked_rates(known, study, network)[:2]
     wanted = dict(data=study.data, network=network, recipe="default", lr=second)
     steps = (study.steps, steps_in_equal_time(study, network))
     return [first, second][: 1 + (max(len(seeds_of(known, **wanted, steps=n)) for n in steps) > 1)]

@@ -87,11 +87,14 @@ def test_every_seed_is_run_at_each_familys_own_rate_in_equal_steps_and_in_equal_
             results(run, loss(run.lr, best[run.network]))
     final = {(run.network, run.seed, run.steps) for run in asked if run.lr == best[run.network]}
     assert final == {(n, s, k) for s in (0, 1, 2) for n, k in (("ours", 150), ("unet", 150), ("unet", 300))}
-    assert {run.seed for run in asked if run.lr != best[run.network]} == {0}
-    unet, scores = (
-        quality_tables.comparison_table(quality.records(), CATS).splitlines()[3],
-        "1 (1 to 1) | 100 (100 to 100)",
-    )
+    others = [run for run in asked if run.lr != best[run.network]]
+    assert {run.seed for run in others if (run.network, run.steps) == ("unet", 150)} == {0}
+    again = {(run.network, run.seed, run.steps, run.lr) for run in others if run.seed}
+    assert again == {
+        (n, s, k, 8e-3 if n == "ours" else 4e-3) for s in (1, 2) for n, k in (("ours", 150), ("unet", 300))
+    }
+    lines = quality_tables.comparison_table(quality.records(), CATS).splitlines()
+    unet, scores = next(line for line in lines if line.startswith("| unet |")), "1 (1 to 1) | 100 (100 to 100)"
     assert unet == f"| unet | 1 | 0.008 | 150 x 3 | {scores} | 300 x 3 | {scores} |"
 
 
@@ -111,6 +114,17 @@ def test_names_of_runs_differ_whenever_the_runs_do():
     runs = [Run(d, n, lr, s, k, r) for d in ("cats", "fashion") for n in small_networks(16) for lr in (4e-3, 8e-3)
             for s in (0, 1) for k in (150, 222) for r in quality.RECIPES]  # fmt: skip
     assert len({run.name for run in runs}) == len(runs)
+
+
+def test_a_run_without_distances_is_made_again(results, monkeypatch):
+    run, made = Run("cats", "ours", 8e-3), []
+    monkeypatch.setattr(quality, "queue", lambda names: [run])
+    monkeypatch.setattr(quality, "scored", lambda run, *_: made.append(run.name) or record(run, 1.0))
+    path = quality.RESULTS / "records" / f"{run.name}.json"
+    for old in ({}, dict(frechet=1.0)):
+        quality.write(path, vars(run) | old)
+        quality.work({"cats": ()}, ("cats",), 1.0, None)
+    assert made == [run.name]
 
 
 def test_the_page_shows_the_tables_of_the_committed_results():
