@@ -1,6 +1,7 @@
 """How good few Euler steps are before and after one reflow, on the network's own pairs of noise and picture.
 
     python benchmarks/few_steps.py [--weights FILE] [--pairs 768] [--steps 200] [--pictures 128]
+    python benchmarks/few_steps.py --heun      # adds the network as it is, by Heun's method, to the result that is there
     python benchmarks/few_steps.py --table
 
 Writes benchmarks/results/few_steps.json: straightness, and for each number of steps the distance to the original network's
@@ -37,10 +38,10 @@ KINDS = {  # name -> times and loss of the reflow
 
 
 @torch.no_grad()
-def follow(model, noise, steps, bar=None):
-    """States [steps + 1, B, C, H, W] of an Euler run, 64 pictures at a time."""
+def follow(model, noise, steps, bar=None, solver="euler"):
+    """States [steps + 1, B, C, H, W] on the way from noise to pictures, 64 of them at a time."""
     parts = tqdm(noise.split(64), desc=bar, disable=bar is None)
-    return torch.cat([torch.stack(list(integrate(model, part, time_grid(steps)))) for part in parts], dim=1)
+    return torch.cat([torch.stack(list(integrate(model, part, time_grid(steps), solver))) for part in parts], dim=1)
 
 
 def distances(real, generated):
@@ -59,11 +60,11 @@ def chance(real, n, draws=10):
     return {name: [min(d[name] for d in found), max(d[name] for d in found)] for name in found[0]}
 
 
-def measure(name, model, noise, target, real):
+def measure(name, model, noise, target, real, solver="euler"):
     """Record of one model: S of its paths, and both distances for each number of steps."""
     record, made = dict(counts={}), {}
     for n in COUNTS:
-        states = follow(model, noise, n, f"{name}, {n} steps")
+        states = follow(model, noise, n, f"{name}, {n} steps", solver)
         made[n] = states[-1].clamp(-1, 1)
         if n == COUNTS[-1]:
             record["S"] = ld_reflow.curvature(states, time_grid(n)).mean().item()
@@ -117,6 +118,7 @@ def main():
     parser.add_argument("--lr", type=float, default=4e-3, help="by fan-in")
     parser.add_argument("--pictures", type=int, default=128, help="made for each figure")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--heun", action="store_true", help="only add Heun's steps of the network as it is to --out")
     parser.add_argument("--table", action="store_true", help="print the table of the run in --out")
     arguments = parser.parse_args()
     if arguments.table:
@@ -132,11 +134,17 @@ def main():
     noise = torch.randn(arguments.pairs, model.in_channels, size, size, generator=generator)
     test = torch.randn(arguments.pictures, *noise.shape[1:], generator=generator)
     before, target = measure("before", model, test, None, real)
+    by_heun, _ = measure("heun", model, test, target, real, "heun")
+    if arguments.heun:
+        result = json.loads(arguments.out.read_text())
+        result["models"] |= dict(before=before, heun=by_heun)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        return table(arguments.out)
     result = dict(
-        **{name: value for name, value in vars(arguments).items() if name not in ("table", "weights", "out", "data")},
+        **{name: value for name, value in vars(arguments).items() if name not in ("table", "heun", "weights", "out", "data")},
         weights=Path(arguments.weights).name if arguments.weights else "shipped", data=Path(arguments.data).name,
         config=config, image_size=size, training_pictures=len(real), chance=chance(real, arguments.pictures),
-        models=dict(before=before), threads=1, torch=torch.__version__, code=code_version(),
+        models=dict(before=before, heun=by_heun), threads=1, torch=torch.__version__, code=code_version(),
     )  # fmt: skip
     images = follow(model, noise, arguments.pair_steps, "pairs")[-1]
     for name in KINDS:
