@@ -21,7 +21,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-FORMAT = 1  # of a checkpoint; a change that older code cannot read raises it
+FORMAT = 2  # of a checkpoint; a change that older code cannot read raises it
+READABLE = (1, FORMAT)  # of a file of format 1 the weights alone can be used: it has the state of another optimizer
 NEWEST, PREVIOUS, BEST = "checkpoint.pt", "checkpoint-previous.pt", "best.pt"
 SHIPPED = Path(__file__).resolve().parent / "sample_data" / "emoji-nano-32.safetensors"
 
@@ -76,7 +77,7 @@ def load_checkpoint(path, device="cpu"):
         raise CheckpointError(f"{path} cannot be read ({_first_line(error)}); use another file.") from None
     if not isinstance(state, dict) or not {"format", "model", "config"} <= set(state):
         raise CheckpointError(f"{path} is not a checkpoint of this project; use one that its training wrote.")
-    if state["format"] != FORMAT:
+    if state["format"] not in READABLE:
         raise CheckpointError(f"{path} has format {state['format']!r}, this code reads {FORMAT}; update the project.")
     return state
 

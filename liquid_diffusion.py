@@ -708,10 +708,10 @@ def integrate(model, noise, times, solver="euler"):
         yield x
 
 
-def parameter_groups(model, lr, by_fan_in=True):
+def parameter_groups(parameters, lr, by_fan_in=True):
     """Optimizer groups with lr * min(1, sqrt(32 / fan_in)) for kernels; biases and scales, and all if not by_fan_in, get lr."""
     groups = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         fan_in = parameter[0].numel() if by_fan_in and parameter.ndim > 1 else 1
         groups.setdefault(fan_in, []).append(parameter)
     return [dict(params=params, lr=lr * min(1, (32 / fan_in) ** 0.5)) for fan_in, params in groups.items()]
@@ -724,6 +724,60 @@ def lr_factor(step, progress, warmup_steps, warmup_share=0.05):
     """
     warmup = min(1, max((step + 1) / warmup_steps, progress / warmup_share))
     return warmup * (1 + math.cos(math.pi * min(1, progress))) / 2
+
+
+def muon_kernels(model, largest=1):
+    """The model's dense kernels [A, C, k, k] with k up to `largest`: 1 for 1x1, 3 for 3x3 too, 0 for none."""
+    return [p for p in model.parameters() if p.ndim == 4 and p.shape[2] <= largest and p.shape[1] > 1]
+
+
+def orthogonalise(x, steps=5):
+    """x = U S V^T -> about U V^T, [..., A, B]: five Newton-Schulz steps bring most of S to 0.7 to 1.2 (kellerjordan.github.io/posts/muon)."""
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Kernels [A, C, k, k] move by lr * 0.2 sqrt(max(A, C k k)) * orthogonalise(averaged gradient) (kellerjordan.github.io/posts/muon).
+
+    The factor makes steps as large as AdamW's, so that both take the same lr (arXiv 2502.16982, sec. 2.2). Where found_inf, a
+    tensor that is set from outside, is 1, a step changes nothing, as with fused AdamW.
+    """
+
+    found_inf = 0.0
+
+    def __init__(self, kernels, lr, momentum=0.95):
+        super().__init__(kernels, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for kernel in group["params"]:
+                if kernel.grad is not None:
+                    shapes.setdefault(kernel.shape, []).append(kernel)
+            for kernels in shapes.values():
+                self.move(kernels, group["lr"], group["momentum"])
+
+    def move(self, kernels, lr, momentum):
+        """One step of n kernels of one shape, together."""
+        for kernel in kernels:
+            if not self.state[kernel]:
+                self.state[kernel]["momentum"] = torch.zeros_like(kernel)
+        averages = [self.state[kernel]["momentum"] for kernel in kernels]
+        before = torch.stack(averages)  # [n, A, C, k, k]
+        bad = torch.as_tensor(self.found_inf, device=before.device)
+        grads = torch.where(bad > 0, before, torch.stack([kernel.grad for kernel in kernels]))
+        after = before.lerp(grads, 1 - momentum)
+        ahead = grads.lerp(after, momentum).flatten(2)  # Nesterov's look ahead, [n, A, C k k]
+        rate = (bad - 1) * (0.2 * lr * max(ahead.shape[1:]) ** 0.5)
+        torch._foreach_copy_(averages, list(after))
+        torch._foreach_add_(kernels, list((rate * orthogonalise(ahead)).view_as(grads)))
 
 
 class PowerEMA:
@@ -810,29 +864,31 @@ class StepCount:
 
 
 class WeightUpdate(StepCount):
-    """Gradients to weights: scale, unscale, clip, AdamW, count and average.
+    """Gradients to weights: scale, unscale, clip, Muon and AdamW, count and average.
 
-    lr=None is the measured recipe, 16e-3 scaled by fan-in; a number is used as it is, unless by_fan_in=True. total_steps:
-    length of the cosine decay of the rate, or None to follow the progress given to `step`.
+    lr=None is the measured recipe: 16e-3, Muon for the 1x1 kernels, AdamW by fan-in for the rest. With a number AdamW takes
+    every weight at that rate, unless by_fan_in=True, or muon, the side of the largest kernels for Muon, is not 0.
+    total_steps: length of the cosine decay of the rate, or None to follow the progress given to `step`.
     """
 
     def __init__(
-        self,
-        model,
-        precision,
-        lr=None,
-        by_fan_in=None,
-        warmup_steps=100,
-        total_steps=None,
-        clip_norm=1.0,
-        ema_gamma=16.0,
-    ):
+        self, model, precision, lr=None, by_fan_in=None, muon=None,
+        warmup_steps=100, total_steps=None, clip_norm=1.0, ema_gamma=16.0,
+    ):  # fmt: skip
         super().__init__(model, ema_gamma)
         self.clip_norm, self.warmup_steps, self.total_steps = clip_norm, warmup_steps, total_steps
-        groups = parameter_groups(model, lr or 16e-3, lr is None if by_fan_in is None else by_fan_in)
-        self.peak_lrs, self.lr_scale = [group["lr"] for group in groups], 1.0
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        measured, lr = lr is None, lr or 16e-3
+        kernels = muon_kernels(model, int(measured) if muon is None else muon)
+        others = [p for p in model.parameters() if not any(p is kernel for kernel in kernels)]
+        groups = parameter_groups(others, lr, measured if by_fan_in is None else by_fan_in)
+        self.optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+        self.optimizers += [Muon(kernels, lr)] if kernels else []
+        self.peak_lrs, self.lr_scale = [group["lr"] for group in self.groups()], 1.0
         self.set_precision(precision)
+
+    def groups(self):
+        """The groups of all optimizers, AdamW's first."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def set_precision(self, precision):
         """Scale the loss for float16, whose small gradients would vanish, and for nothing else."""
@@ -841,18 +897,21 @@ class WeightUpdate(StepCount):
 
     def step(self, progress):
         """Apply the gradients that scaler.scale(loss).backward() left; returns their norm, a tensor, before clipping."""
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.settle()
         progress = self.steps / self.total_steps if self.total_steps else progress
         factor = self.lr_scale * lr_factor(self.steps, progress, self.warmup_steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
+        for group, peak in zip(self.groups(), self.peak_lrs):
             group["lr"] = peak * factor
-        bad = self.optimizer.found_inf = (~norm.isfinite()).float()  # fused AdamW does nothing where this is 1
+        bad = (~norm.isfinite()).float()
         self.flag = Later(bad)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = bad  # both do nothing where this is 1
+            optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return norm
 
 
@@ -922,7 +981,7 @@ class FitsMemory:
 
     def make_room(self, batch_size):
         """Halve micro_batch, or turn gradient checkpointing on once 4 are left; OutOfMemoryError if one is too much."""
-        self.update.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()  # does nothing without CUDA
         size = min(self.micro_batch or batch_size, batch_size)
         if size > 4 or (self.checkpointing and size > 1):
@@ -945,7 +1004,7 @@ class FitsMachine(FitsMemory):
         """One forward and backward of n pictures beside the memory the optimizer will need; True if all numbers are finite."""
         parameters = list(self.model.parameters())
         moments = (
-            [torch.empty_like(p) for p in parameters * 2] if not self.update.optimizer.state else []
+            [torch.empty_like(p) for p in parameters * 2] if not self.update.optimizers[0].state else []
         )  # held till the end
         pictures = torch.randn(
             2, n, self.model.in_channels, image_size, image_size, generator=torch.Generator().manual_seed(0)
@@ -956,7 +1015,7 @@ class FitsMachine(FitsMemory):
         loss.backward()
         norms = torch.stack([loss.detach(), *(p.grad.norm() for p in parameters if p.grad is not None)])
         del moments
-        self.update.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return bool(norms.isfinite().all())
 
     def fit_micro_batch(self, batch_size, image_size):
@@ -1012,12 +1071,16 @@ def check_weights(model, weights):
             )
 
 
-def check_moments(optimizer, saved):
+def check_moments(optimizers, states):
     """Raise a ValueError unless the saved averages of the gradients have their parameters' shapes, or there are none yet."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    pairs = [(saved[i][name], p) for i, p in enumerate(parameters) if saved for name in ("exp_avg", "exp_avg_sq")]
-    if any(moment.shape != p.shape or moment.dtype != p.dtype for moment, p in pairs):
-        raise ValueError("The optimizer's state is that of another network; start from the weights alone.")
+    fits = len(states) == len(optimizers)
+    for optimizer, state in zip(optimizers, states):
+        parameters, saved = [p for group in optimizer.param_groups for p in group["params"]], state["state"]
+        names = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+        pairs = [(saved.get(i, {}).get(name), p) for i, p in enumerate(parameters) if saved for name in names]
+        fits &= all(moment is not None and (moment.shape, moment.dtype) == (p.shape, p.dtype) for moment, p in pairs)
+    if not fits:
+        raise ValueError("The optimizers' state is that of another network or recipe; start from the weights alone.")
 
 
 COUNTS = ("steps", "skipped", "skipped_in_a_row", "lr_scale")
@@ -1031,7 +1094,7 @@ def trainer_state(self):
         config=getattr(self.model, "config", None),
         model=self.model.state_dict(),
         ema=update.ema.model.state_dict(),
-        optimizer=update.optimizer.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in update.optimizers],
         scaler=update.scaler.state_dict(),
         counts={name: getattr(update, name) for name in COUNTS},
         progress=self.progress,
@@ -1045,10 +1108,11 @@ def load_trainer_state(self, state):
     update = self.update
     check_weights(self.model, state["model"])
     check_weights(self.model, state["ema"])
-    check_moments(update.optimizer, state["optimizer"]["state"])
+    check_moments(update.optimizers, state.get("optimizers", []))
     self.model.load_state_dict(state["model"])
     update.ema.model.load_state_dict(state["ema"])
-    update.optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(update.optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     if state["scaler"] and update.scaler.is_enabled():  # a file from another precision has none
         update.scaler.load_state_dict(state["scaler"])
     for name in COUNTS:
@@ -1094,7 +1158,7 @@ class RectifiedFlowTrainer(FitsMachine, RectifiedFlow):
         noise = torch.empty_like(images).normal_(generator=self.generator)
         loss = self.gradients(images, noise, t)
         norm = self.update.step(self.progress)
-        return {"loss": loss, "grad_norm": norm, "lr": self.update.optimizer.param_groups[0]["lr"]}
+        return {"loss": loss, "grad_norm": norm, "lr": self.update.groups()[0]["lr"]}
 
     def sample(self, *args, ema=True, **options):
         """RectifiedFlow.sample from the averaged weights, or from the newest with ema=False."""

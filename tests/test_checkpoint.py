@@ -315,13 +315,28 @@ def test_state_of_another_network_changes_nothing(tmp_path):
     assert equal(snapshot(trainer.state_dict()), before)
 
 
-@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+def test_a_run_of_the_time_before_muon_keeps_its_weights_and_cannot_go_on(tmp_path):
+    trainer = trained()
+    state = snapshot(trainer.state_dict())
+    state["optimizer"] = state.pop("optimizers")[0]
+    before = snapshot(trainer.state_dict())
+    with pytest.raises(ValueError, match="another network or recipe; start from the weights alone"):
+        trainer.load_state_dict(state)
+    assert equal(snapshot(trainer.state_dict()), before)
+    torch.save({**state, "format": 1}, tmp_path / "old.pt")
+    config, found = ld_checkpoint.load_weights(tmp_path / "old.pt")
+    assert config == trainer.model.config and equal(found, state["ema"])
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "adamw", "muon"])
 def test_one_tensor_of_another_shape_changes_nothing(part):
     trainer = trained()
     state = snapshot(trained(3).state_dict())
     before = snapshot(trainer.state_dict())
-    if part == "optimizer":
-        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    if part == "adamw":
+        state["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(1)
+    elif part == "muon":
+        state["optimizers"][1]["state"][0]["momentum"] = torch.zeros(1)
     else:
         state[part]["out.2.bias"] = torch.zeros(5)
     with pytest.raises(ValueError, match="another network"):

@@ -65,7 +65,7 @@ def test_another_run_in_the_folder_is_not_overwritten(tmp_path, pictures):
 def test_a_checkpoint_holds_all_that_was_promised(tmp_path, pictures):
     train(small_trainer(), pictures(), settings_for(tmp_path, max_steps=2))
     state = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert set(state) >= {"model", "ema", "optimizer", "scaler", "counts", "progress", "generators", "config"}
+    assert set(state) >= {"model", "ema", "optimizers", "scaler", "counts", "progress", "generators", "config"}
     assert set(state) >= {"random", "run", "settings", "code"} and set(state["random"]) == {
         "python",
         "numpy",

@@ -1,5 +1,6 @@
 """Laws of the trainer: the update, the average, randomness kept apart, precision, and what it refuses."""
 
+import copy
 import math
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 import liquid_diffusion as ld
 from liquid_diffusion import (
     LiquidDiffusion,
+    Muon,
     PowerEMA,
     RectifiedFlowTrainer,
     liquid_diffusion,
     lr_factor,
+    muon_kernels,
+    orthogonalise,
     parameter_groups,
 )
 
@@ -56,7 +60,7 @@ def test_training_learns_one_picture():
 def test_a_given_rate_is_used_for_every_weight():
     trainer = small_trainer(lr=1e-4, warmup_steps=1)
     trainer.train_step(pictures())
-    assert {group["lr"] for group in trainer.update.optimizer.param_groups} == {1e-4}
+    assert {group["lr"] for group in trainer.update.groups()} == {1e-4}
 
 
 def test_the_plain_recipe_is_the_literal_specification_one_keyword_away():
@@ -64,7 +68,7 @@ def test_the_plain_recipe_is_the_literal_specification_one_keyword_away():
     assert {m.form for m in model.modules() if isinstance(m, ld.LiquidRelaxation)} == {"spec"}
     trainer = RectifiedFlowTrainer(model, device="cpu", recipe="plain", warmup_steps=1)
     trainer.train_step(pictures())
-    assert {group["lr"] for group in trainer.update.optimizer.param_groups} == {1e-4}
+    assert {group["lr"] for group in trainer.update.groups()} == {1e-4}
     assert trainer.time_distribution == "uniform"
     assert small_trainer().time_distribution == "logit-normal"
     given = RectifiedFlowTrainer(
@@ -78,7 +82,7 @@ def test_the_plain_recipe_is_the_literal_specification_one_keyword_away():
 
 def test_the_recipe_scales_the_rate_by_fan_in():
     model = LiquidDiffusion(channels=(8, 16), blocks=(1, 1))
-    groups = parameter_groups(model, lr=0.016)
+    groups = parameter_groups(model.parameters(), lr=0.016)
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     block = model.bottleneck[0]
@@ -86,7 +90,81 @@ def test_the_recipe_scales_the_rate_by_fan_in():
     assert rate[id(block.ff[2].weight)] == pytest.approx(0.016 * math.sqrt(32 / 40))  # 1x1 from 40 channels
     assert rate[id(model.encoder.down[0].weight)] == pytest.approx(0.016 * math.sqrt(32 / 72))  # 3x3 from 8 channels
     assert rate[id(block.relaxation.rho)] == 0.016
-    assert {group["lr"] for group in parameter_groups(model, 0.016, by_fan_in=False)} == {0.016}
+    assert {group["lr"] for group in parameter_groups(model.parameters(), 0.016, by_fan_in=False)} == {0.016}
+
+
+# ---- Muon -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (3, 32, 32)])
+def test_orthogonalise_keeps_the_directions_and_levels_the_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ orthogonalise(x) @ v.mT  # of U V^T itself: the identity
+    rest = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    assert rest.abs().max() < 1e-4
+    if len(shape) == 2:  # square ones have singular values near 0, which five steps do not lift to 1
+        assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.25
+    assert orthogonalise(torch.zeros(2, 4)).abs().max() == 0
+
+
+def test_muon_is_torchs_but_for_its_bfloat16():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has Muon from 2.9 on")
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 32, 1, 1), (48, 32, 1, 1), (16, 5, 3, 3))]
+    theirs = [torch.nn.Parameter(p.detach().flatten(1).clone()) for p in ours]
+    before = [p.detach().clone() for p in theirs]
+    pair = Muon(ours, 0.01), torch.optim.Muon(theirs, 0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.flatten(1).clone()
+        for optimizer in pair:
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, before):
+        assert (p.flatten(1) - q).norm() < 0.02 * (q - start).norm()
+
+
+def test_muon_takes_dense_1x1_kernels_and_adamw_all_else():
+    trainer = small_trainer()
+    adamw, muon = ({id(p) for g in o.param_groups for p in g["params"]} for o in trainer.update.optimizers)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    assert adamw | muon == set(names) and not adamw & muon
+    block = "bottleneck.0."
+    assert {n.removeprefix(block) for i, n in names.items() if i in muon and n.startswith(block)} == {
+        *(f"cfc.{part}.weight" for part in ("backbone.0", "f", "g.2", "h.2")),
+        *("mix.project.weight", "ff.0.weight", "ff.2.weight"),
+    }
+    assert all(p.shape[1] > 1 for p in muon_kernels(trainer.model, 7))  # no depthwise ones
+    assert {p.shape[2] for p in muon_kernels(trainer.model, 3)} == {1, 3} and not muon_kernels(trainer.model, 0)
+    before = {id(p): p.detach().clone() for p in trainer.model.parameters()}
+    for _ in range(2):  # after one, kernels behind a modulation that starts at zero have moved too
+        trainer.train_step(pictures())
+    assert not [names[id(p)] for p in trainer.model.parameters() if id(p) in muon and torch.equal(p, before[id(p)])]
+    assert trainer.update.peak_lrs[-1] == 0.016
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_overflow_in_one_of_muons_kernels_stops_adamw_too():
+    trainer = small_trainer()
+    trainer.train_step(pictures())
+    trainer.update.set_precision(torch.float16)  # the scaler looks at each optimizer's gradients by themselves
+    before, scale = weights(trainer), trainer.update.scaler.get_scale()
+    handle = trainer.model.bottleneck[0].mix.project.weight.register_hook(lambda grad: grad * float("inf"))
+    trainer.train_step(pictures(seed=1))
+    handle.remove()
+    assert torch.equal(weights(trainer), before)
+    assert trainer.update.scaler.get_scale() == scale / 2
+    trainer.update.settle()
+    assert trainer.update.skipped == 1
+
+
+def test_a_given_rate_or_zero_leaves_muon_out():
+    for options in (dict(lr=1e-3), dict(muon=0)):
+        assert [type(o) for o in small_trainer(**options).update.optimizers] == [torch.optim.AdamW]
+    both = small_trainer(lr=1e-3, muon=3).update
+    assert [type(o) for o in both.optimizers] == [torch.optim.AdamW, Muon] and set(both.peak_lrs) == {1e-3}
 
 
 def test_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine():
@@ -169,10 +247,8 @@ def test_accumulated_micro_batches_are_the_same_step():
 def test_gradient_is_clipped_to_the_norm():
     trainer = small_trainer(clip_norm=1e-3)
     norms = []
-    trainer.update.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: norms.append(
-            torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm()
-        )
+    trainer.update.optimizers[0].register_step_pre_hook(
+        lambda *_: norms.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm())
     )
     assert trainer.train_step(pictures())["grad_norm"] > 1e-3
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
@@ -183,14 +259,17 @@ def test_a_step_with_a_bad_gradient_changes_nothing_and_is_counted():
     trainer.train_step(pictures())
     trainer.update.settle()
     before, average = weights(trainer), weights_of(trainer.update.ema.model)
-    moments = [state["exp_avg"].clone() for state in trainer.update.optimizer.state.values()]
+    kept = copy.deepcopy([optimizer.state_dict()["state"] for optimizer in trainer.update.optimizers])
+    assert len(kept) == 2  # AdamW's and Muon's
     handle = trainer.model.stem[0].weight.register_hook(lambda grad: grad * float("nan"))
     trainer.train_step(pictures(seed=1))
     handle.remove()
     trainer.update.settle()
     assert torch.equal(weights(trainer), before)
     assert torch.equal(weights_of(trainer.update.ema.model), average)
-    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, trainer.update.optimizer.state.values()))
+    torch.testing.assert_close(
+        [optimizer.state_dict()["state"] for optimizer in trainer.update.optimizers], kept, rtol=0, atol=0
+    )
     assert (trainer.update.steps, trainer.update.skipped) == (1, 1)
     assert trainer.train_step(pictures(seed=2))["lr"] == pytest.approx(0.016 * 2 / 10)  # the second real step
     trainer.update.settle()
