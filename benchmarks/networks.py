@@ -322,6 +322,24 @@ def with_rho(start, preset="tiny", **overrides):
     return model
 
 
+def started(change, preset="tiny", **overrides):
+    """Ours after change(model)."""
+    model = ld.liquid_diffusion(preset, **overrides)
+    change(model)
+    return model
+
+
+def zero_output(model):
+    nn.init.zeros_(model.out[-1].weight)
+    nn.init.zeros_(model.out[-1].bias)
+
+
+def random_modulations(model):
+    for module in model.modules():
+        if isinstance(module, ld.TimeModulation):
+            module.linear.reset_parameters()
+
+
 def small_networks(size):
     """Name -> function that builds a network of about 0.9M parameters, for pictures of size x size."""
     nano = partial(ld.liquid_diffusion, "nano")
@@ -352,6 +370,8 @@ def small_networks(size):
         "mix in the cell": partial(changed_blocks, mix_in_cell, "nano", channels=(32, 72, 104)),
         "no feed-forward": partial(changed_blocks, without_feed_forward, "nano", channels=(40, 80, 136)),
         "channel attention": partial(changed_blocks, channel_attention, "nano", channels=(32, 64, 88)),
+        "output starts at zero": partial(started, zero_output, "nano"),
+        "modulations start at random": partial(started, random_modulations, "nano"),
     }
 
 

@@ -26,7 +26,6 @@ from statistics import mean, median
 import torch
 import torch.nn.functional as F
 from networks import small_networks
-from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -41,11 +40,11 @@ SETS = {"cats": ("afhq-cat-128", 16), "fashion": ("fashion-mnist", 16), "cats at
 BATCH, SEEDS, PICTURES = 32, (0, 1, 2), 5153
 SAMPLING = ("heun", 10)
 COUNTS = (1, 2, 4, 8, 10, 16, 25, 50)  # of sampling steps
-MUON_COST = 1.277  # CPU time of its step, against AdamW's, in the longer runs ("cpu_seconds" of each)
 SMALL_SHARE = 3 / 4  # of the steps of a run that grows
 RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-in unless the recipe says otherwise
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
+MUONS = {"ours": "muon", "unet": "muon for 3x3 too", "unet-attention": "muon for 3x3 too"}  # for their dense kernels
 ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
     "gate times h",
@@ -62,46 +61,10 @@ ABLATED_TOO = (
     "rho spread, -3 to 3",
 )
 BLOCKS = ("no mix", "mix in the cell", "no feed-forward", "channel attention")
+STARTS = ("output starts at zero", "modulations start at random")
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
-
-
-def as_matrix(kernel):
-    """A kernel [C_out, C_in, k, k] or its gradient as [C_out, k * k * C_in]; the same memory if it is channels-last."""
-    return kernel.permute(0, 2, 3, 1).flatten(1)
-
-
-class MuonAndAdamW:
-    """torch's Muon for these kernels, as matrices, and AdamW for all else, behind the face of one optimizer."""
-
-    def __init__(self, kernels, lr, adamw):
-        self.kernels = [(p, nn.Parameter(as_matrix(p.data))) for p in kernels]
-        matrices = [matrix for _, matrix in self.kernels]
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        muons = {id(p) for p in kernels}
-        for group in adamw.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in muons]
-        self.adamw, self.param_groups = adamw, [*adamw.param_groups, *self.muon.param_groups]
-
-    def step(self):
-        for kernel, matrix in self.kernels:
-            matrix.grad = as_matrix(kernel.grad)
-        self.muon.step()
-        self.adamw.step()
-
-    def zero_grad(self, set_to_none=True):
-        self.adamw.zero_grad(set_to_none)
-        for kernel, _ in self.kernels:
-            kernel.grad = None
-
-
-def with_muon(trainer, lr, largest=1):
-    """Let Muon, at rate lr, take the kernels up to this size, but no depthwise ones, from the trainer's AdamW."""
-    update = trainer.update
-    kernels = [p for p in trainer.model.parameters() if p.ndim == 4 and p.shape[2] <= largest and p.shape[1] > 1]
-    update.optimizer = MuonAndAdamW(kernels, lr, update.optimizer)
-    update.peak_lrs = [*update.peak_lrs, *[lr] * len(update.optimizer.muon.param_groups)]
 
 
 class SlowStart(WeightUpdate):
@@ -127,19 +90,19 @@ class Immiscible(RectifiedFlowTrainer):
         return super().gradients(images, choices[nearest, torch.arange(len(images))], t)
 
 
-# name -> options of RectifiedFlowTrainer
+# name -> options of RectifiedFlowTrainer beside by_fan_in=True
 RECIPES = {
-    "default": dict(by_fan_in=True),
+    "adamw": {},
+    "muon": dict(muon=1),
+    "muon for 3x3 too": dict(muon=3),
     "one rate for all": dict(by_fan_in=False),
-    "times uniform": dict(by_fan_in=True, time_distribution="uniform"),
-    "muon": dict(by_fan_in=True),
-    "muon for 3x3 too": dict(by_fan_in=True),
+    "times uniform": dict(time_distribution="uniform"),
     "plain": dict(by_fan_in=False, time_distribution="uniform"),
-    "short average": dict(by_fan_in=True, ema_gamma=50.0),
-    "long average": dict(by_fan_in=True, ema_gamma=5.0),
-    "slow start": dict(by_fan_in=True),
-    "immiscible": dict(by_fan_in=True),
-    "growing": dict(by_fan_in=True),
+    "short average": dict(ema_gamma=50.0),
+    "long average": dict(ema_gamma=5.0),
+    "slow start": {},
+    "immiscible": {},
+    "growing": {},
 }
 
 
@@ -149,7 +112,6 @@ class Study:
 
     data: str
     steps: int
-    parts_rate: float | None = None  # at which parts of the network are changed; None: the best rate of ours
 
     @property
     def size(self):
@@ -168,7 +130,7 @@ class Run:
     lr: float
     seed: int = 0
     steps: int = 150
-    recipe: str = "default"
+    recipe: str = "adamw"
 
     @property
     def size(self):
@@ -190,9 +152,8 @@ def trainer_of(run):
     torch.manual_seed(run.seed)
     model = small_networks(run.size)[run.network]()
     kind = Immiscible if run.recipe == "immiscible" else RectifiedFlowTrainer
-    trainer = kind(model, run.lr, "cpu", seed=run.seed, total_steps=run.steps, warmup_steps=50, **RECIPES[run.recipe])
-    if run.recipe.startswith("muon"):
-        with_muon(trainer, run.lr, largest=1 if run.recipe == "muon" else 3)
+    options = dict(by_fan_in=True, total_steps=run.steps, warmup_steps=50) | RECIPES[run.recipe]
+    trainer = kind(model, run.lr, "cpu", seed=run.seed, **options)
     if run.recipe == "slow start":
         trainer.update.__class__ = SlowStart
     return trainer
@@ -279,25 +240,25 @@ def records():
     return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "records").glob("*.json"))}
 
 
-def curve(known, study, network, recipe="default"):
+def curve(known, study, network, recipe="adamw"):
     """{rate: velocity MSE} at seed 0; a run that ended in numbers that are not finite counts as infinitely bad."""
     wanted = dict(data=study.data, steps=study.steps, network=network, recipe=recipe, seed=0)
     here = [r for r in known.values() if all(r[key] == value for key, value in wanted.items())]
     return {r["lr"]: r["mse"] if r["mse"] == r["mse"] else float("inf") for r in sorted(here, key=lambda r: r["lr"])}
 
 
-def ranked_rates(known, study, network, recipe="default"):
+def ranked_rates(known, study, network, recipe="adamw"):
     """The rates that were tried, from the lowest loss to the highest."""
     losses = curve(known, study, network, recipe)
     return sorted(losses, key=losses.get)
 
 
-def best_rate(known, study, network, recipe="default"):
+def best_rate(known, study, network, recipe="adamw"):
     """The rate of the lowest loss."""
     return ranked_rates(known, study, network, recipe)[0]
 
 
-def search(study, network, recipe="default", rates=None):
+def search(study, network, recipe="adamw", rates=None):
     """Runs at seed 0 until the best of at least four rates has a worse one on either side."""
     for lr in rates or RATES.get(network, RATES_ELSE):
         yield Run(study.data, network, lr, 0, study.steps, recipe)
@@ -309,9 +270,9 @@ def search(study, network, recipe="default", rates=None):
         yield Run(study.data, network, best * 2 if best == max(losses) else best / 2, 0, study.steps, recipe)
 
 
-def step_seconds(size):
-    """{network: [CPU seconds of a step, by rounds]}"""
-    return json.loads((RESULTS / f"step-times-{size}.json").read_text())["seconds"]
+def step_seconds(size, of="networks"):
+    """{network: [CPU seconds of a step, by rounds]}, or of="recipes": {"network, recipe": the same}, measured by themselves."""
+    return json.loads((RESULTS / f"step-times-{size}.json").read_text())[of]
 
 
 def ratio(ours, others):
@@ -319,10 +280,12 @@ def ratio(ours, others):
     return median(a / b for a, b in zip(ours, others))
 
 
-def steps_in_equal_time(study, network):
-    """Steps that `network` makes while ours makes the study's; networks that are not timed count as ours."""
-    seconds = step_seconds(study.size)
-    return round(study.steps * ratio(seconds["ours"], seconds.get(network, seconds["ours"])))
+def steps_in_equal_time(study, network, recipe="adamw"):
+    """Steps that `network` makes while ours makes the study's with AdamW; what is not timed counts as ours, or as AdamW."""
+    seconds, recipes = (step_seconds(study.size, of) for of in ("networks", "recipes"))
+    share = ratio(seconds["ours"], seconds.get(network, seconds["ours"]))
+    name, usual = f"{network}, {recipe}", f"{network}, adamw"
+    return round(study.steps * share * (ratio(recipes[usual], recipes[name]) if name in recipes else 1))
 
 
 def steps_while_growing(study):
@@ -332,7 +295,7 @@ def steps_while_growing(study):
 
 
 def by_recipe(study, recipe, seed):
-    """Ours by another recipe, at the rate that is best by the default one."""
+    """Ours by another recipe, at the rate that is best with AdamW."""
     return Run(study.data, "ours", best_rate(records(), study, "ours"), seed, study.steps, recipe)
 
 
@@ -350,10 +313,15 @@ def in_equal_time(study, seed, networks=COMPARED[1:]):
 
 
 def ablated(study, seed, networks=ABLATED):
-    """The changed networks, at the rate for parts of the study, or at the one that is best for ours."""
+    """The changed networks, at the rate that is best for ours."""
     for network in networks:
-        rate = study.parts_rate or best_rate(records(), study, "ours")
-        yield Run(study.data, network, rate, seed, study.steps)
+        yield Run(study.data, network, best_rate(records(), study, "ours"), seed, study.steps)
+
+
+def without_cell(study, seed):
+    """The network without its cell, in equal steps and in equal time."""
+    for steps in (study.steps, steps_in_equal_time(study, "no cell")):
+        yield Run(study.data, "no cell", best_rate(records(), study, "ours"), seed, steps)
 
 
 def families(study, networks=COMPARED):
@@ -385,6 +353,27 @@ def tuned(study, recipe, rates=None, network="ours"):
         yield Run(study.data, network, best_rate(records(), study, network, recipe), seed, study.steps, recipe)
 
 
+def with_muon(study, networks=COMPARED):
+    """Muon for the dense kernels, at rates of its own: in the time of ours with AdamW, and ours in equal steps too."""
+    for network in networks:
+        yield from search(study, network, MUONS[network])
+    for seed in SEEDS:
+        for network in networks:
+            rate = best_rate(records(), study, network, MUONS[network])
+            steps = steps_in_equal_time(study, network, MUONS[network])
+            for n in (steps, study.steps) if network == "ours" else (steps,):
+                yield Run(study.data, network, rate, seed, n, MUONS[network])
+
+
+def literal(study, seed):
+    """Two parts of the plain recipe by themselves, and the literal relaxation with Muon, each at the rate of ours."""
+    rate = best_rate(records(), study, "ours")
+    yield Run(study.data, "relaxation spec", rate, seed, study.steps)
+    yield by_recipe(study, "times uniform", seed)
+    rate = best_rate(records(), study, "ours", "muon")
+    yield Run(study.data, "relaxation spec", rate, seed, study.steps, "muon")
+
+
 def untuned(study):
     """What leaves the scale of the rate alone, at ours' best one; and the literal specification."""
     for seed in SEEDS:
@@ -396,6 +385,7 @@ def untuned(study):
 def short(study):
     """What there is to compare in short runs; each set has its own part."""
     yield from families(study)
+    yield from with_muon(study)
     for seed in SEEDS:
         yield from slow_starts(study, seed)
         yield from ablated(study, seed)
@@ -404,14 +394,12 @@ def short(study):
         yield from tuned(study, "plain", (1e-3, 2e-3, 4e-3, 8e-3), "relaxation spec")
         yield from families(study, ("resblocks",))
         yield from families(study, ("dit-2",))
-        for network in BLOCKS + ABLATED_TOO:
+        for network in BLOCKS + STARTS + ABLATED_TOO:
             for seed in SEEDS:
                 yield from ablated(study, seed, (network,))
         for network in COMPARED[:2]:
             yield from tuned(study, "slow start", network=network)
-        yield from tuned(study, "muon")
         yield from tuned(study, "one rate for all", (2e-3, 4e-3, 8e-3, 16e-3))
-        yield from tuned(study, "muon for 3x3 too", network="unet")
 
 
 def longer(study):
@@ -419,21 +407,23 @@ def longer(study):
     yield from search(study, "ours")
     for seed in SEEDS:
         yield from in_equal_steps(study, seed, ("ours",))
-        yield from ablated(study, seed, ("ours", "no cell", "gate 1-2", "relaxation off"))
-        steps = steps_in_equal_time(study, "no cell")
-        yield Run(study.data, "no cell", study.parts_rate, seed, steps)
-    yield from tuned(study, "muon")
+        yield from ablated(study, seed, ("gate 1-2", "relaxation off"))
+        yield from without_cell(study, seed)
+    yield from with_muon(study, ("ours",))
     for seed in SEEDS:
-        rate = best_rate(records(), study, "ours", "muon")
-        yield Run(study.data, "ours", rate, seed, round(study.steps / MUON_COST), "muon")
+        yield from literal(study, seed)
         yield by_recipe(study, "slow start", seed)
+    yield from tuned(study, "plain", (2e-3, 4e-3, 8e-3, 16e-3), "relaxation spec")
 
 
 def large(study):
     """The networks a user would pick, growing pictures, and the network without its cell."""
     yield from families(study)
+    yield from with_muon(study)
     for seed in SEEDS:
-        yield from ablated(study, seed, ("gate 1-2", "no cell"))
+        yield from literal(study, seed)
+        yield from ablated(study, seed, ("gate 1-2",))
+        yield from without_cell(study, seed)
         rate = best_rate(records(), study, "ours")
         yield Run(study.data, "ours", rate, seed, steps_while_growing(study), "growing")
 
@@ -442,7 +432,7 @@ def large(study):
 STUDIES = {
     "cats": (Study("cats", 150), short),
     "fashion": (Study("fashion", 150), short),
-    "longer": (Study("cats", 600, parts_rate=4e-3), longer),
+    "longer": (Study("cats", 600), longer),
     "larger": (Study("cats at 32 px", 300), large),
 }
 
@@ -454,11 +444,24 @@ def queue(names=tuple(STUDIES)):
         yield from runs(study)
 
 
-def step_times(images, rounds=7):
-    """CPU seconds of a training step of every network, one of each per round: {network: [rounds]}."""
+def step_times(images):
+    """CPU seconds of a training step of every network, and of those that are compared by either recipe; see timed."""
+    build = small_networks(images.shape[-1])
+    recipes = {f"{n}, {recipe}": (n, RECIPES[recipe]) for n, muon in MUONS.items() for recipe in ("adamw", muon)}
+    wanted = dict(networks={name: (name, {}) for name in build}, recipes=recipes)
+    seconds = {}
+    for title, runs in wanted.items():
+        trainers = {
+            name: RectifiedFlowTrainer(build[network](), 1e-4, "cpu", total_steps=100, **options)
+            for name, (network, options) in runs.items()
+        }
+        seconds[title] = timed(trainers, images)
+    return dict(**seconds, machine=machine())
+
+
+def timed(trainers, images, rounds=7):
+    """CPU seconds of a training step on images, uint8 [N, 3, H, W], one of each trainer per round: {name: [rounds]}."""
     batch = to_model_range(images[:BATCH], "cpu", flip=False)
-    networks = small_networks(images.shape[-1])
-    trainers = {name: RectifiedFlowTrainer(build(), 1e-4, "cpu", total_steps=100) for name, build in networks.items()}
     seconds = {name: [] for name in trainers}
     for trainer in trainers.values():
         trainer.train_step(batch)
@@ -468,7 +471,7 @@ def step_times(images, rounds=7):
             for _ in range(3):
                 trainer.train_step(batch)
             seconds[name].append((time.process_time() - start) / 3)
-    return dict(seconds=seconds, machine=machine())
+    return seconds
 
 
 def pictures(root, name):

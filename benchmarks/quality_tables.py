@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import mean
 
 import quality
-from quality import STUDIES, best_rate, curve, ranked_rates, records, steps_in_equal_time
+from quality import STUDIES, best_rate, curve, ranked_rates, records, steps_in_equal_time, steps_while_growing
 
 DOCS, MARKS = Path(__file__).parent.parent / "docs" / "quality.md", ("<!-- tables -->", "<!-- end of tables -->")
 FAMILIES = (*quality.COMPARED, "resblocks", "dit-2")
-VARIANTS = (*quality.ABLATED, *quality.ABLATED_TOO, *quality.BLOCKS)
+DIGITS = dict(mse=4, frechet=1)  # after the point, of the scores
+VARIANTS = (*quality.ABLATED, *quality.ABLATED_TOO, *quality.BLOCKS, *quality.STARTS)
 
 
 def seeds_of(known, **wanted):
@@ -23,12 +24,15 @@ def seeds_of(known, **wanted):
     return {r["seed"]: r for r in known.values() if all(r[key] == value for key, value in wanted.items())}
 
 
-def spread(values, sign=""):
-    """Mean and range as text, to four digits."""
-    if not values:
-        return "-"
-    low, middle, high = (f"{value:{sign}.4g}" for value in (min(values), mean(values), max(values)))
+def spread(values, key, sign=""):
+    """Mean and range of a score as text."""
+    low, middle, high = (f"{f(values):{sign}.{DIGITS[key]}f}" if values else "" for f in (min, mean, max))
     return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+
+
+def scores(runs):
+    """Both scores of runs as cells; runs of an earlier kind of sampling have the first alone."""
+    return [spread([r[key] for r in runs if key in r], key) for key in DIGITS]
 
 
 def paired(runs, reference, key):
@@ -70,114 +74,97 @@ def rate_table(known):
     return rows(["study, network, recipe", *(f"{lr:g}" for lr in rates)], lines)
 
 
-def rates_shown(known, study, network):
+def rates_shown(known, study, network, recipe="adamw"):
     """The best rate by the loss at seed 0, and the next where it was run with more seeds: one seed may choose badly."""
-    first, second = ranked_rates(known, study, network)[:2]
-    wanted = dict(data=study.data, network=network, recipe="default", lr=second)
-    steps = (study.steps, steps_in_equal_time(study, network))
-    return [first, second][: 1 + (max(len(seeds_of(known, **wanted, steps=n)) for n in steps) > 1)]
+    first, *others = ranked_rates(known, study, network, recipe)
+    wanted = dict(data=study.data, network=network, recipe=recipe)
+    steps = (study.steps, steps_in_equal_time(study, network, recipe))
+    return [first, *(lr for lr in others[:1] if any(len(seeds_of(known, **wanted, lr=lr, steps=n)) > 1 for n in steps))]
 
 
-def comparison_table(known, study, networks=FAMILIES):
+def compared(known, study, networks=FAMILIES, recipes=("adamw", "muon", "muon for 3x3 too", "slow start")):
+    """(network, recipe, rate, runs in equal steps, steps in equal time, runs in equal time) of what was given a rate of its own."""
+    for network in networks:
+        for recipe in recipes:
+            steps = steps_in_equal_time(study, network, recipe)
+            for lr in (
+                rates_shown(known, study, network, recipe) if len(curve(known, study, network, recipe)) > 1 else ()
+            ):
+                here = dict(data=study.data, network=network, recipe=recipe, lr=lr)
+                runs = [list(seeds_of(known, **here, steps=n).values()) for n in (study.steps, steps)]
+                yield network, recipe, lr, runs[0], steps, runs[1]
+
+
+def comparison_table(known, study):
     """Every family at its own best rates, at equal steps and in equal time."""
     lines = []
-    for network in networks:
-        if len(curve(known, study, network)) < 2:
-            continue
-        steps = steps_in_equal_time(study, network)
-        for lr in rates_shown(known, study, network):
-            here = dict(data=study.data, network=network, recipe="default", lr=lr)
-            equal_steps, equal_time = (list(seeds_of(known, **here, steps=n).values()) for n in (study.steps, steps))
-            line = [network, f"{(equal_steps + equal_time)[0]['parameters']:,}", f"{lr:g}"]
-            for n, runs in ((study.steps, equal_steps), (steps, equal_time)):
-                line += [f"{n} x {len(runs)}"]
-                line += [spread([r[key] for r in runs if key in r]) for key in ("mse", "frechet")]
-            lines.append(line)
-    head = ["network", "parameters", "rate", "equal steps x seeds", "MSE", "Frechet"]
+    for network, recipe, lr, equal_steps, steps, equal_time in compared(known, study):
+        line = [network, recipe, f"{(equal_steps + equal_time)[0]['parameters']:,}", f"{lr:g}"]
+        for n, runs in ((study.steps, equal_steps), (steps, equal_time)):
+            line += [f"{n} x {len(runs)}" if runs else "", *scores(runs)]
+        lines.append(line)
+    head = ["network", "recipe", "parameters", "rate", "equal steps x seeds", "MSE", "Frechet"]
     return rows([*head, "equal time: steps x seeds", "MSE", "Frechet"], lines)
 
 
-def difference_table(known, study, variants, lr=None):
-    """Each (name, values of its runs) against ours by the default recipe: differences seed by seed, below 0 is better.
+def difference_table(known, study, variants, least=1):
+    """Each (name, values of its runs) against ours with AdamW: differences seed by seed, below 0 is better.
 
-    lr: the rate of those that name none; ours' best if None.
+    least: of seeds; with fewer a variant is left out.
     """
     if not curve(known, study, "ours"):
         return ""
-    lr = lr or best_rate(known, study, "ours")
-    ours = dict(data=study.data, network="ours", recipe="default", lr=lr, steps=study.steps)
+    lr = best_rate(known, study, "ours")
+    ours = dict(data=study.data, network="ours", recipe="adamw", lr=lr, steps=study.steps)
     reference, lines = seeds_of(known, **ours), []
     for name, values in variants:
-        runs = seeds_of(known, **(ours | values))
-        if runs:
-            losses, distances = (paired(runs, reference, key) for key in ("mse", "frechet"))
-            line = [name, str(len(losses)), spread(losses, "+"), verdict(losses), spread(distances, "+")]
-            lines.append([*line, verdict(distances) if distances else ""])
-    head = ["variant", "seeds", "MSE minus ours, mean (range)", "", "Frechet minus ours, mean (range)", ""]
-    level = f"rate {lr:g}, " + ", ".join(
-        f"{key} {spread([r[key] for r in reference.values() if key in r])}" for key in ("mse", "frechet")
-    )
-    return f"Ours: {level}, {len(reference)} seeds.\n\n" + rows(head, lines) if lines else ""
+        found = {key: paired(seeds_of(known, **(ours | values)), reference, key) for key in DIGITS}
+        if len(found["mse"]) >= least:
+            cells = (text for key, d in found.items() for text in (spread(d, key, "+"), verdict(d) if d else ""))
+            lines.append([name, str(len(found["mse"])), *cells])
+    level = "MSE {}, Frechet {}".format(*scores(list(reference.values())))
+    lead = f"Ours after {study.steps} steps at {study.size} px, rate {lr:g}, {len(reference)} seeds: {level}."
+    head = ["changed", "seeds", "MSE minus ours, mean (range)", "", "Frechet minus ours, mean (range)", ""]
+    return f"{lead}\n\n{rows(head, lines)}" if lines else ""
 
 
-def liquid_variants(known, study):
-    """(name, values) of the changed networks, at equal steps, and without the cell in equal time."""
+def liquid_variants(study):
+    """(name, values) of the changed networks, at equal steps, and in equal time."""
     for network in VARIANTS:
         yield network, dict(network=network)
-        steps = steps_in_equal_time(study, network)
-        yield f"{network}, {steps} steps: equal time", dict(network=network, steps=steps)
+    steps = steps_in_equal_time(study, "no cell")
+    yield f"no cell, {steps} steps: equal time", dict(network="no cell", steps=steps)
 
 
 def recipe_variants(known, study):
-    """(name, values) of the recipes, those with a rate of their own at their best one."""
-    for recipe in quality.RECIPES:
-        values = dict(recipe=recipe)
-        if recipe == "plain":
-            yield "plain: the literal specification, 1e-4", values | dict(network="relaxation spec", lr=1e-4)
-            if len(curve(known, study, "relaxation spec", recipe)) < 4:  # that one alone: no best rate yet
-                continue
-            rate = best_rate(known, study, "relaxation spec", recipe)
-            yield f"plain, at its best rate, {rate:g}", values | dict(network="relaxation spec", lr=rate)
-        elif recipe == "growing":
-            for steps in sorted({r["steps"] for r in seeds_of(known, data=study.data, recipe=recipe).values()}):
-                yield f"growing, {steps} steps: equal time", values | dict(steps=steps)
-        elif recipe != "default":
-            losses = curve(known, study, "ours", recipe)
-            values |= dict(lr=min(losses, key=losses.get)) if losses else {}
-            yield recipe, values
-            others = {
-                r["steps"]
-                for r in known.values()
-                if recipe == "muon" and (r["data"], r["recipe"]) == (study.data, recipe)
-            }
-            for steps in sorted(n for n in others if study.steps / 2 < n < study.steps):
-                yield f"{recipe}, {steps} steps: equal time", values | dict(steps=steps)
-
-
-def unet_table(known, study):
-    """The U-Net by other recipes, each at its best rate, against the U-Net by the default one."""
-    if not curve(known, study, "unet"):
-        return ""
-    here = dict(data=study.data, network="unet", steps=study.steps)
-    usual = seeds_of(known, **here, recipe="default", lr=best_rate(known, study, "unet"))
-    lines = []
-    for recipe in ("slow start", "muon for 3x3 too"):
-        losses = curve(known, study, "unet", recipe)
-        if losses:
-            runs = seeds_of(known, **here, recipe=recipe, lr=min(losses, key=losses.get))
-            cells = [recipe, f"{min(losses, key=losses.get):g}", str(len(runs))]
-            for key in ("mse", "frechet"):
-                cells += [spread([r[key] for r in runs.values() if key in r]), spread(paired(runs, usual, key), "+")]
-            lines.append(cells)
-    return rows(["recipe", "rate", "seeds", "MSE", "minus its default", "Frechet", "minus its default"], lines)
+    """(name, values) of the recipes at their best rates, and of the literal relaxation with AdamW and with Muon."""
+    for recipe in [name for name in quality.RECIPES if name != "adamw"]:
+        network = "relaxation spec" if recipe == "plain" else "ours"
+        if not seeds_of(known, data=study.data, network=network, recipe=recipe):
+            continue
+        losses = curve(known, study, network, recipe) or {best_rate(known, study, "ours"): 0}
+        values = dict(network=network, recipe=recipe, lr=min(losses, key=losses.get))
+        if 1e-4 in losses:
+            yield f"{recipe}, rate 0.0001 as specified", values | dict(lr=1e-4)
+        yield f"{recipe}, rate {values['lr']:g}", values
+        growing = recipe == "growing"
+        steps = steps_while_growing(study) if growing else steps_in_equal_time(study, "ours", recipe)
+        if steps != study.steps:
+            yield f"{recipe}, rate {values['lr']:g}, {steps} steps: equal time", values | dict(steps=steps)
+    yield "literal relaxation", dict(network="relaxation spec")
+    if curve(known, study, "ours", "muon"):
+        lr = best_rate(known, study, "ours", "muon")
+        yield f"muon, rate {lr:g}, and the literal relaxation", dict(network="relaxation spec", recipe="muon", lr=lr)
 
 
 def average_table(known, study):
     """The newest weights against the averaged ones of the same runs."""
-    wanted = dict(data=study.data, steps=study.steps, network="ours", recipe="default")
+    wanted = dict(data=study.data, steps=study.steps, network="ours", recipe="adamw")
     runs = [r for r in known.values() if all(r[key] == value for key, value in wanted.items())]
     differences = [r["mse_newest"] - r["mse"] for r in runs]
-    return f"Newest weights minus averaged ones, MSE: {spread(differences, '+')}, {len(runs)} runs." if runs else ""
+    return (
+        f"Newest weights minus averaged ones, MSE: {spread(differences, 'mse', '+')}, {len(runs)} runs." if runs else ""
+    )
 
 
 def solver_table():
@@ -200,12 +187,10 @@ def tables(known):
     """Everything as Markdown."""
     parts = [("Learning rates", rate_table(known)), ("Sampling steps", solver_table())]
     for study, _ in STUDIES.values():
-        variants, recipes = (list(make(known, study)) for make in (liquid_variants, recipe_variants))
         parts += [
             (f"{study}: families", comparison_table(known, study)),
-            (f"{study}: the liquid part and the block", difference_table(known, study, variants, study.parts_rate)),
-            (f"{study}: the recipe", difference_table(known, study, recipes)),
-            (f"{study}: the recipe, with the U-Net without attention", unet_table(known, study)),
+            (f"{study}: the liquid part and the block", difference_table(known, study, liquid_variants(study))),
+            (f"{study}: the recipe", difference_table(known, study, recipe_variants(known, study))),
             (f"{study}: averaged weights", average_table(known, study)),
         ]
     return "\n\n".join(f"**{title}**\n\n{text}" for title, text in parts if text)

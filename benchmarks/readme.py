@@ -8,22 +8,15 @@ A part of the README between `<!-- figures: NAME -->` and `<!-- end -->` is what
 import json
 import re
 from pathlib import Path
-from statistics import mean
 
 import quality
-import recipe
-from quality import STUDIES, best_rate, records
-from quality_tables import paired, rates_shown, recipe_variants, rows, seeds_of, verdict
+from quality import STUDIES, records
+from quality_tables import compared, difference_table, liquid_variants, recipe_variants, rows, scores
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"ours": "**ours**", "unet": "UNet2DModel", "unet-attention": "UNet2DModel with attention"}
-
-
-def spread(values, digits):
-    """Mean and range, with this number of digits after the point."""
-    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), mean(values), max(values)))
-    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW", "muon for 3x3 too": "Muon and AdamW"}
 
 
 def families():
@@ -31,67 +24,26 @@ def families():
     known, lines = records(), []
     for name, title in (("larger", "cats, 32 px"), ("fashion", "Fashion-MNIST, 16 px")):
         study = STUDIES[name][0]
-        for network in quality.COMPARED:
-            steps = quality.steps_in_equal_time(study, network)
-            seconds = quality.step_seconds(study.size)
-            cost = f"{1 / quality.ratio(seconds['ours'], seconds[network]):.2f}"
-            for lr in rates_shown(known, study, network):
-                runs = list(
-                    seeds_of(known, data=study.data, network=network, recipe="default", lr=lr, steps=steps).values()
-                )
-                lines.append([title, NAMES[network], f"{lr:g}", cost, f"{steps} × {len(runs)}", *scores(runs)])
-    return rows(["set", "network", "rate", "time of a step", "steps in equal time × seeds", "MSE", "Frechet"], lines)
-
-
-def scores(runs):
-    """Both scores of runs as cells; runs of an earlier kind of sampling have the first alone."""
-    pairs = ((key, digits, [r[key] for r in runs if key in r]) for key, digits in (("mse", 3), ("frechet", 1)))
-    return [spread(values, digits) if values else "" for _, digits, values in pairs]
+        for network, recipe, lr, _, steps, runs in compared(known, study, quality.COMPARED, OPTIMIZERS):
+            line = [title, NAMES[network], OPTIMIZERS[recipe], f"{lr:g}", f"{steps} × {len(runs)}", *scores(runs)]
+            lines += [line] if runs else []
+    return rows(["set", "network", "optimizer", "rate", "steps in equal time × seeds", "MSE", "Frechet"], lines)
 
 
 def liquid():
-    """What becomes of the longer runs without the parts that are liquid, seed by seed."""
-    known, study = records(), STUDIES["longer"][0]
-    here = dict(data=study.data, steps=study.steps, recipe="default", lr=study.parts_rate)
-    ours = seeds_of(known, **here, network="ours")
-    steps = quality.steps_in_equal_time(study, "no cell")
-    variants = {
-        "gate fixed at 1/2": dict(network="gate 1-2"),
-        "no relaxation": dict(network="relaxation off"),
-        "no cell at all": dict(network="no cell"),
-        f"no cell at all, {steps} steps: equal time": dict(network="no cell", steps=steps),
-    }
-    level = " and ".join(f"{name} {value}" for name, value in zip(("MSE", "Frechet"), scores(list(ours.values()))))
-    lead = f"Ours after {study.steps} steps at {study.size} px, rate {study.parts_rate:g}: {level}."
-    return f"{lead}\n\n{differences(known, ours, here, variants)}"
-
-
-def recipe_differences():
-    """What becomes of ours, in short and in longer runs, when it is trained otherwise."""
+    """What becomes of the longer and of the larger runs without the parts that are liquid, seed by seed."""
     known, parts = records(), []
-    for name in ("cats", "longer"):
+    for name in ("longer", "larger"):
         study = STUDIES[name][0]
-        here = dict(data=study.data, steps=study.steps, network="ours", recipe="default")
-        here["lr"] = best_rate(known, study, "ours")
-        ours, variants = seeds_of(known, **here), dict(recipe_variants(known, study))
-        level = " and ".join(f"{name} {value}" for name, value in zip(("MSE", "Frechet"), scores(list(ours.values()))))
-        parts.append(f"Ours after {study.steps} steps at {study.size} px, rate {here['lr']:g}: {level}.")
-        parts.append(differences(known, ours, here, variants))
+        shown = (v for v in liquid_variants(study) if v[0].startswith(("gate 1-2", "relaxation off", "no cell")))
+        parts.append(difference_table(known, study, shown, least=2))
     return "\n\n".join(parts)
 
 
-def differences(known, ours, here, variants):
-    """{name: values of its runs} against ours, seed by seed; runs of one seed alone are left out."""
-    lines = []
-    for title, values in variants.items():
-        runs, cells = seeds_of(known, **(here | values)), [title]
-        for key, digits in (("mse", 4), ("frechet", 1)):
-            found = paired(runs, ours, key)
-            low, middle, high = (f"{f(found):+.{digits}f}" if found else "" for f in (min, mean, max))
-            cells += [f"{middle} ({low} to {high})", verdict(found)] if found else ["", ""]
-        if len(runs) > 1:
-            lines.append([*cells, str(len(runs))])
-    return rows(["changed", "MSE minus ours", "", "Frechet minus ours", "", "seeds"], lines)
+def recipe_differences():
+    """What becomes of ours, in short, longer and larger runs, when it is trained otherwise."""
+    known, studies = records(), [STUDIES[name][0] for name in ("cats", "longer", "larger")]
+    return "\n\n".join(difference_table(known, study, recipe_variants(known, study), least=2) for study in studies)
 
 
 def few_steps():
@@ -108,23 +60,11 @@ def few_steps():
     return rows(["steps", *counts["before"]], lines)
 
 
-def recipes():
-    """The runs of benchmarks/recipe.py."""
-    found = [json.loads(path.read_text()) for path in sorted(recipe.RESULTS.glob("*.json"))]
-    lines = []
-    for variant in recipe.VARIANTS:
-        values = [r["mse"] for r in found if r["variant"] == variant]
-        if values:
-            lines.append([variant, spread(values, 4), str(len(values))])
-    return rows(["variant", "velocity MSE on held-out pictures", "seeds"], lines)
-
-
 PARTS = {
     "families": families,
     "liquid": liquid,
     "training": recipe_differences,
     "few steps": few_steps,
-    "recipes": recipes,
 }
 
 

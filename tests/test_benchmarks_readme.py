@@ -25,6 +25,5 @@ def test_only_what_stands_between_marks_is_changed(monkeypatch):
 
 
 def test_scores_are_rounded_and_carry_their_range():
-    assert readme.spread([0.25, 0.26, 0.271], 3) == "0.260 (0.250 to 0.271)"
-    assert readme.scores([dict(mse=0.25, frechet=3.14)]) == ["0.250", "3.1"]
-    assert readme.scores([dict(mse=0.25)]) == ["0.250", ""]
+    assert readme.scores([dict(mse=m) for m in (0.25, 0.26, 0.271)]) == ["0.2603 (0.2500 to 0.2710)", ""]
+    assert readme.scores([dict(mse=0.25, frechet=3.14)]) == ["0.2500", "3.1"]
