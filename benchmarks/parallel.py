@@ -178,7 +178,7 @@ def tables(result):
     parameters = rows["large"]["parameters"]
     yield "\n| `large` at P GPUs | each GPU keeps | bytes each sends per step |\n|---|---|---|"
     state = 4 * parameters / MiB
-    yield f"| as here: weights, gradients, two moments, average | {5 * state:,.0f} MiB, and {state:,.0f} during the message | 2 (P - 1) / P x {state:,.0f} MiB |"
+    yield f"| as here: weights, gradients, average, at most two moments | {5 * state:,.0f} MiB, and {state:,.0f} during the message | 2 (P - 1) / P x {state:,.0f} MiB |"
     yield f"| FSDP: all of it cut into P | {5 * state:,.0f} / P MiB, and one block's weights | 3 (P - 1) / P x {state:,.0f} MiB |"
 
 

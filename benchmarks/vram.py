@@ -3,7 +3,7 @@
     python benchmarks/vram.py [--presets tiny small] [--device cuda]
 
 Counted without memory or a GPU: a step on fake tensors in half precision, every storage followed from its making to its end.
-To that come 20 bytes per weight (the weight, its gradient, two moments of AdamW, the average) and 0.6 GiB for the CUDA context
+To that come 20 bytes per weight (the weight, its gradient, two moments as AdamW keeps them, though Muon keeps one, the average) and 0.6 GiB for the CUDA context
 and the allocator's gaps. With --device cuda the counted batch of the budgets that the GPU has is also run and its peak is
 measured; this path has not been run yet.
 """
@@ -58,12 +58,12 @@ def largest_batch(budget, fixed, per_picture):
 
 
 def measured(preset, size, batch, **options):
-    """Peak bytes of a training step with AdamW on this GPU, the average's weights added."""
+    """Peak bytes of a training step on this GPU, the average's weights added."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     trainer = ld.RectifiedFlowTrainer(ld.liquid_diffusion(preset, **options), device="cuda")
     images = torch.rand(batch, 3, size, size) * 2 - 1
-    for _ in range(2):  # the second with AdamW's moments there
+    for _ in range(2):  # the second with the moments there
         trainer.train_step(images)
     return torch.cuda.max_memory_allocated()
 
