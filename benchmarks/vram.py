@@ -3,9 +3,9 @@
     python benchmarks/vram.py [--presets tiny small] [--device cuda]
 
 Counted without memory or a GPU: a step on fake tensors in half precision, every storage followed from its making to its end.
-To that come 20 bytes per weight (the weight, its gradient, two moments as AdamW keeps them, though Muon keeps one, the average) and 0.6 GiB for the CUDA context
-and the allocator's gaps. With --device cuda the counted batch of the budgets that the GPU has is also run and its peak is
-measured; this path has not been run yet.
+To that come 20 bytes per weight (the weight, its gradient, two moments as AdamW keeps them, though Muon keeps one, the average)
+and 0.6 GiB for the CUDA context and the allocator's gaps. With --device cuda the counted batch of the budgets that the GPU has
+is also run and its peak is measured; this path has not been run yet.
 """
 
 import argparse
