@@ -780,6 +780,20 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(kernels, list((rate * orthogonalise(ahead)).view_as(grads)))
 
 
+def optimizers(model, lr=None, by_fan_in=None, muon=None):
+    """[AdamW] or [AdamW, Muon] for the model's weights.
+
+    lr=None is the measured recipe: 16e-3, Muon for the 1x1 kernels, AdamW by fan-in for the rest. With a number AdamW takes
+    every weight at that rate, unless by_fan_in=True, or muon, the side of the largest kernels for Muon, is not 0.
+    """
+    measured, lr = lr is None, lr or 16e-3
+    kernels = muon_kernels(model, int(measured) if muon is None else muon)
+    others = [p for p in model.parameters() if not any(p is kernel for kernel in kernels)]
+    groups = parameter_groups(others, lr, measured if by_fan_in is None else by_fan_in)
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return [adamw, Muon(kernels, lr)] if kernels else [adamw]
+
+
 class PowerEMA:
     """Average of a model's weights over about the last 1 / (gamma + 1) of all steps (arXiv 2312.02696, eq. 124-127).
 
@@ -864,11 +878,10 @@ class StepCount:
 
 
 class WeightUpdate(StepCount):
-    """Gradients to weights: scale, unscale, clip, Muon and AdamW, count and average.
+    """Gradients to weights: scale, unscale, clip, AdamW and Muon, count and average.
 
-    lr=None is the measured recipe: 16e-3, Muon for the 1x1 kernels, AdamW by fan-in for the rest. With a number AdamW takes
-    every weight at that rate, unless by_fan_in=True, or muon, the side of the largest kernels for Muon, is not 0.
-    total_steps: length of the cosine decay of the rate, or None to follow the progress given to `step`.
+    lr, by_fan_in and muon: see optimizers. total_steps: length of the cosine decay of the rate, or None to follow the progress
+    given to `step`.
     """
 
     def __init__(
@@ -877,12 +890,7 @@ class WeightUpdate(StepCount):
     ):  # fmt: skip
         super().__init__(model, ema_gamma)
         self.clip_norm, self.warmup_steps, self.total_steps = clip_norm, warmup_steps, total_steps
-        measured, lr = lr is None, lr or 16e-3
-        kernels = muon_kernels(model, int(measured) if muon is None else muon)
-        others = [p for p in model.parameters() if not any(p is kernel for kernel in kernels)]
-        groups = parameter_groups(others, lr, measured if by_fan_in is None else by_fan_in)
-        self.optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-        self.optimizers += [Muon(kernels, lr)] if kernels else []
+        self.optimizers = optimizers(model, lr, by_fan_in, muon)
         self.peak_lrs, self.lr_scale = [group["lr"] for group in self.groups()], 1.0
         self.set_precision(precision)
 
@@ -1126,7 +1134,7 @@ def load_trainer_state(self, state):
 class RectifiedFlowTrainer(FitsMachine, RectifiedFlow):
     """RectifiedFlow that learns: train_step(images), then sample() from the averaged weights.
 
-    lr, total_steps and the other `options`: see WeightUpdate. Without total_steps the caller may set `progress` (0 to 1), or
+    lr, total_steps and the other `options`: see optimizers and WeightUpdate. Without total_steps the caller may set `progress` (0 to 1), or
     the rate stays. micro_batch: pictures on the device at once; larger batches accumulate their gradients.
     recipe="plain": lr=1e-4 for every weight and uniform times, unless they are given; ValueError for an unknown name.
     """
