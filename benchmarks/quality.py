@@ -312,16 +312,17 @@ def in_equal_time(study, seed, networks=COMPARED[1:]):
         yield Run(study.data, network, best_rate(records(), study, network), seed, steps)
 
 
-def ablated(study, seed, networks=ABLATED):
+def ablated(study, seed, networks=ABLATED, recipe="adamw"):
     """The changed networks, at the rate that is best for ours."""
     for network in networks:
-        yield Run(study.data, network, best_rate(records(), study, "ours"), seed, study.steps)
+        yield Run(study.data, network, best_rate(records(), study, "ours", recipe), seed, study.steps, recipe)
 
 
-def without_cell(study, seed):
-    """The network without its cell, in equal steps and in equal time."""
-    for steps in (study.steps, steps_in_equal_time(study, "no cell")):
-        yield Run(study.data, "no cell", best_rate(records(), study, "ours"), seed, steps)
+def parts(study, seed):
+    """The liquid part taken away by Muon's recipe, the cell in equal time too."""
+    yield from ablated(study, seed, ("no cell", "gate 1-2", "relaxation off", "relaxation spec"), "muon")
+    rate = best_rate(records(), study, "ours", "muon")
+    yield Run(study.data, "no cell", rate, seed, steps_in_equal_time(study, "no cell"), "muon")
 
 
 def families(study, networks=COMPARED):
@@ -366,12 +367,9 @@ def with_muon(study, networks=COMPARED):
 
 
 def literal(study, seed):
-    """Two parts of the plain recipe by themselves, and the literal relaxation with Muon, each at the rate of ours."""
-    rate = best_rate(records(), study, "ours")
-    yield Run(study.data, "relaxation spec", rate, seed, study.steps)
+    """Two parts of the plain recipe by themselves, at the rate of ours."""
+    yield from ablated(study, seed, ("relaxation spec",))
     yield by_recipe(study, "times uniform", seed)
-    rate = best_rate(records(), study, "ours", "muon")
-    yield Run(study.data, "relaxation spec", rate, seed, study.steps, "muon")
 
 
 def untuned(study):
@@ -407,9 +405,9 @@ def longer(study):
     yield from search(study, "ours")
     for seed in SEEDS:
         yield from in_equal_steps(study, seed, ("ours",))
-        yield from ablated(study, seed, ("gate 1-2", "relaxation off"))
-        yield from without_cell(study, seed)
     yield from with_muon(study, ("ours",))
+    for seed in SEEDS:
+        yield from parts(study, seed)
     for seed in SEEDS:
         yield from literal(study, seed)
         yield by_recipe(study, "slow start", seed)
@@ -421,9 +419,12 @@ def large(study):
     yield from families(study)
     yield from with_muon(study)
     for seed in SEEDS:
+        yield from parts(study, seed)
+    yield from tuned(study, "plain", (2e-3, 4e-3, 8e-3, 16e-3), "relaxation spec")
+    for seed in SEEDS:
         yield from literal(study, seed)
-        yield from ablated(study, seed, ("gate 1-2",))
-        yield from without_cell(study, seed)
+        yield from ablated(study, seed, ("gate 1-2", "no cell"))
+        yield from ablated(study, seed, ("channel attention", "no mix"), "muon")
         rate = best_rate(records(), study, "ours")
         yield Run(study.data, "ours", rate, seed, steps_while_growing(study), "growing")
 

@@ -107,15 +107,15 @@ def comparison_table(known, study):
     return rows([*head, "equal time: steps x seeds", "MSE", "Frechet"], lines)
 
 
-def difference_table(known, study, variants, least=1):
-    """Each (name, values of its runs) against ours with AdamW: differences seed by seed, below 0 is better.
+def difference_table(known, study, variants, recipe="adamw", least=1):
+    """Each (name, values of its runs) against ours by this recipe: differences seed by seed, below 0 is better.
 
     least: of seeds; with fewer a variant is left out.
     """
-    if not curve(known, study, "ours"):
+    if not curve(known, study, "ours", recipe):
         return ""
-    lr = best_rate(known, study, "ours")
-    ours = dict(data=study.data, network="ours", recipe="adamw", lr=lr, steps=study.steps)
+    lr = best_rate(known, study, "ours", recipe)
+    ours = dict(data=study.data, network="ours", recipe=recipe, lr=lr, steps=study.steps)
     reference, lines = seeds_of(known, **ours), []
     for name, values in variants:
         found = {key: paired(seeds_of(known, **(ours | values)), reference, key) for key in DIGITS}
@@ -123,7 +123,9 @@ def difference_table(known, study, variants, least=1):
             cells = (text for key, d in found.items() for text in (spread(d, key, "+"), verdict(d) if d else ""))
             lines.append([name, str(len(found["mse"])), *cells])
     level = "MSE {}, Frechet {}".format(*scores(list(reference.values())))
-    lead = f"Ours after {study.steps} steps at {study.size} px, rate {lr:g}, {len(reference)} seeds: {level}."
+    lead = (
+        f"Ours by {recipe} after {study.steps} steps at {study.size} px, rate {lr:g}, {len(reference)} seeds: {level}."
+    )
     head = ["changed", "seeds", "MSE minus ours, mean (range)", "", "Frechet minus ours, mean (range)", ""]
     return f"{lead}\n\n{rows(head, lines)}" if lines else ""
 
@@ -137,7 +139,7 @@ def liquid_variants(study):
 
 
 def recipe_variants(known, study):
-    """(name, values) of the recipes at their best rates, and of the literal relaxation with AdamW and with Muon."""
+    """(name, values) of the recipes at their best rates."""
     for recipe in [name for name in quality.RECIPES if name != "adamw"]:
         network = "relaxation spec" if recipe == "plain" else "ours"
         if not seeds_of(known, data=study.data, network=network, recipe=recipe):
@@ -151,10 +153,6 @@ def recipe_variants(known, study):
         steps = steps_while_growing(study) if growing else steps_in_equal_time(study, "ours", recipe)
         if steps != study.steps:
             yield f"{recipe}, rate {values['lr']:g}, {steps} steps: equal time", values | dict(steps=steps)
-    yield "literal relaxation", dict(network="relaxation spec")
-    if curve(known, study, "ours", "muon"):
-        lr = best_rate(known, study, "ours", "muon")
-        yield f"muon, rate {lr:g}, and the literal relaxation", dict(network="relaxation spec", recipe="muon", lr=lr)
 
 
 def average_table(known, study):
@@ -189,7 +187,13 @@ def tables(known):
     for study, _ in STUDIES.values():
         parts += [
             (f"{study}: families", comparison_table(known, study)),
-            (f"{study}: the liquid part and the block", difference_table(known, study, liquid_variants(study))),
+            *(
+                (
+                    f"{study}: the liquid part and the block, {recipe}",
+                    difference_table(known, study, liquid_variants(study), recipe),
+                )
+                for recipe in ("adamw", "muon")
+            ),
             (f"{study}: the recipe", difference_table(known, study, recipe_variants(known, study))),
             (f"{study}: averaged weights", average_table(known, study)),
         ]

@@ -35,8 +35,8 @@ def liquid():
     known, parts = records(), []
     for name in ("longer", "larger"):
         study = STUDIES[name][0]
-        shown = (v for v in liquid_variants(study) if v[0].startswith(("gate 1-2", "relaxation off", "no cell")))
-        parts.append(difference_table(known, study, shown, least=2))
+        shown = (v for v in liquid_variants(study) if v[0].startswith(("gate 1-2", "relaxation", "no cell")))
+        parts.append(difference_table(known, study, shown, "muon", least=2))
     return "\n\n".join(parts)
 
 

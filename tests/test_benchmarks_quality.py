@@ -263,7 +263,7 @@ def test_muon_is_asked_for_at_its_own_rate_in_the_time_of_adamw(results):
     text = quality_tables.difference_table(
         quality.records(), CATS, quality_tables.recipe_variants(quality.records(), CATS)
     )
-    assert "Ours after 150 steps at 16 px, rate 0.008, 1 seeds" in text
+    assert "Ours by adamw after 150 steps at 16 px, rate 0.008, 1 seeds" in text
     assert "| muon, rate 0.016 | 1 | -0.5000 | one seed | -50.0 | one seed |" in text
     assert "| muon, rate 0.016, 120 steps: equal time | 1 |" in text
 
