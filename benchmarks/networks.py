@@ -251,6 +251,14 @@ class NoFeedForwardBlock(ld.LiquidDiffusionBlock):
         return x + self.mix(x, t_emb)
 
 
+class NoCellBlock(ld.LiquidDiffusionBlock):
+    """Mix and feed-forward."""
+
+    def formulas(self, x, t, t_emb):
+        x = x + self.mix(x, t_emb)
+        return x + self.ff(self.norm_ff(x, t_emb))
+
+
 class ChannelAttention(ld.MultiScaleSpatialMix):
     """The global mean scales each channel, by a 1x1 kernel and a sigmoid, in place of being added (arXiv 2505.11196, sec. 3.2)."""
 
@@ -292,6 +300,11 @@ def without_mix(block):
 def without_feed_forward(block):
     block.__class__ = NoFeedForwardBlock
     del block.norm_ff, block.ff
+
+
+def without_cell(block):
+    block.__class__ = NoCellBlock
+    del block.norm_cfc, block.cfc, block.relaxation
 
 
 def mix_in_cell(block):
@@ -367,6 +380,7 @@ def small_networks(size):
         "gate times h": partial(with_cell, GatedHead, "nano"),
         "tanh heads": partial(with_cell, TanhHeads, "nano"),
         "no mix": partial(changed_blocks, without_mix, "nano", channels=(32, 64, 112)),
+        "no cell, wider": partial(changed_blocks, without_cell, "nano", channels=(40, 72, 112)),
         "mix in the cell": partial(changed_blocks, mix_in_cell, "nano", channels=(32, 72, 104)),
         "no feed-forward": partial(changed_blocks, without_feed_forward, "nano", channels=(40, 80, 136)),
         "channel attention": partial(changed_blocks, channel_attention, "nano", channels=(32, 64, 88)),

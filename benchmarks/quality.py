@@ -7,7 +7,8 @@
 FOLDER holds the sets named in SETS; STUDIES says what is compared on which. Every network has about 0.9M parameters and its own
 learning rate: four rates at seed 0, more by factors of two until the best is not at an end, then seeds 1 and 2 at the best.
 "Equal time" repeats that rate with as many steps as our network's time allows; the step times are measured first, in rounds
-that run every network once, as CPU seconds of one thread, and kept in step-times-SIZE.json (--times measures them anew). Scores
+that run every network once, as CPU seconds of one thread, and kept in step-times-SIZE.json (--times measures them anew, and
+what has none is measured first). Scores
 are those of the averaged weights: velocity MSE on the last tenth of the pictures (256 of them, five times), and the Frechet
 distance by `ld_eval.RandomFeatures` between 320 samples and the training pictures. Samples take 10 steps of Heun's method, 20
 evaluations: after 10 of Euler's they are too smooth, and a network that leaves some noise in them makes up for it and scores
@@ -44,7 +45,8 @@ SMALL_SHARE = 3 / 4  # of the steps of a run that grows
 RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-in unless the recipe says otherwise
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
-MUONS = {"ours": "muon", "unet": "muon for 3x3 too", "unet-attention": "muon for 3x3 too"}  # for their dense kernels
+MUONS = dict.fromkeys(("ours", "no cell", "no cell, wider"), "muon")  # for their dense kernels
+MUONS |= dict.fromkeys(("unet", "unet-attention", "resblocks"), "muon for 3x3 too")
 ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
     "gate times h",
@@ -270,27 +272,32 @@ def search(study, network, recipe="adamw", rates=None):
         yield Run(study.data, network, best * 2 if best == max(losses) else best / 2, 0, study.steps, recipe)
 
 
-def step_seconds(size, of="networks"):
-    """{network: [CPU seconds of a step, by rounds]}, or of="recipes": {"network, recipe": the same}, measured by themselves."""
-    return json.loads((RESULTS / f"step-times-{size}.json").read_text())[of]
+def step_seconds(size):
+    """Groups of {"network, recipe": [CPU seconds of a step, by rounds]}, each measured by itself; see step_times."""
+    path = RESULTS / f"step-times-{size}.json"
+    return [group["seconds"] for group in json.loads(path.read_text())["groups"]] if path.exists() else []
 
 
-def ratio(ours, others):
-    """How many times as long as the others' a step of ours takes: the median of the ratios within rounds."""
-    return median(a / b for a, b in zip(ours, others))
+def step_share(size, network, recipe="adamw", base="ours, adamw"):
+    """A step's CPU time as a share of that of `base`: the median of the ratios within rounds of the first group that has both.
+
+    A recipe that was not timed counts as AdamW, and a network as ours.
+    """
+    for name in (f"{network}, {recipe}", f"{network}, adamw"):
+        for group in step_seconds(size):
+            if name in group and base in group:
+                return median(a / b for a, b in zip(group[name], group[base]))
+    return 1.0
 
 
 def steps_in_equal_time(study, network, recipe="adamw"):
-    """Steps that `network` makes while ours makes the study's with AdamW; what is not timed counts as ours, or as AdamW."""
-    seconds, recipes = (step_seconds(study.size, of) for of in ("networks", "recipes"))
-    share = ratio(seconds["ours"], seconds.get(network, seconds["ours"]))
-    name, usual = f"{network}, {recipe}", f"{network}, adamw"
-    return round(study.steps * share * (ratio(recipes[usual], recipes[name]) if name in recipes else 1))
+    """Steps that `network` makes while ours makes the study's with AdamW."""
+    return round(study.steps / step_share(study.size, network, recipe))
 
 
 def steps_while_growing(study):
     """Steps, SMALL_SHARE of them at half the size, in the time of the study's."""
-    seconds, small = (step_seconds(size)["ours"] for size in (study.size, study.size // 2))
+    seconds, small = (step_seconds(size)[0]["ours, adamw"] for size in (study.size, study.size // 2))
     return round(study.steps / (SMALL_SHARE / (median(seconds) / median(small)) + 1 - SMALL_SHARE))
 
 
@@ -445,19 +452,22 @@ def queue(names=tuple(STUDIES)):
         yield from runs(study)
 
 
-def step_times(images):
-    """CPU seconds of a training step of every network, and of those that are compared by either recipe; see timed."""
-    build = small_networks(images.shape[-1])
-    recipes = {f"{n}, {recipe}": (n, RECIPES[recipe]) for n, muon in MUONS.items() for recipe in ("adamw", muon)}
-    wanted = dict(networks={name: (name, {}) for name in build}, recipes=recipes)
-    seconds = {}
-    for title, runs in wanted.items():
-        trainers = {
-            name: RectifiedFlowTrainer(build[network](), 1e-4, "cpu", total_steps=100, **options)
-            for name, (network, options) in runs.items()
-        }
-        seconds[title] = timed(trainers, images)
-    return dict(**seconds, machine=machine())
+def step_times(images, names):
+    """CPU seconds of a training step of each "network, recipe", measured together; see timed."""
+    build, trainers = small_networks(images.shape[-1]), {}
+    for name in names:
+        network, recipe = name.rsplit(", ", 1)
+        options = dict(total_steps=100, by_fan_in=True) | RECIPES[recipe]
+        trainers[name] = RectifiedFlowTrainer(build[network](), 1e-4, "cpu", **options)
+    return dict(seconds=timed(trainers, images), machine=machine())
+
+
+def untimed(size, again=False):
+    """Every "network, recipe" that is compared in equal time and has no step times yet, with ours for a yardstick."""
+    names = [f"{network}, adamw" for network in small_networks(size)] + [f"{n}, {recipe}" for n, recipe in MUONS.items()]
+    known = {} if again else set().union(*step_seconds(size))
+    new = [name for name in names if name not in known]
+    return new and list(dict.fromkeys(["ours, adamw", *new]))
 
 
 def timed(trainers, images, rounds=7):
@@ -497,9 +507,12 @@ def ready(root, names, again=False):
     for data in dict.fromkeys(STUDIES[name][0].data for name in names):
         images = pictures(root, data)
         sets[data] = images, ld_eval.features(held_out(images)[0])
-        path = RESULTS / f"step-times-{SETS[data][1]}.json"
-        if again or not path.exists():
-            write(path, step_times(images))
+        size = SETS[data][1]
+        names = untimed(size, again)
+        if names:
+            path = RESULTS / f"step-times-{size}.json"
+            before = json.loads(path.read_text())["groups"] if path.exists() and not again else []
+            write(path, dict(groups=[*before, step_times(images, names)]))
     return sets
 
 

@@ -25,10 +25,10 @@ def record(run, mse, **values):
 def results(tmp_path, monkeypatch):
     """An empty folder of results; done(run, mse) puts a run into it."""
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
-    seconds = {"ours": [2.0, 4.0, 6.0], "unet": [1.0, 2.0, 1.0], "unet-attention": [2.0, 4.0, 6.0]}
+    networks = {"ours, adamw": [2.0, 4.0, 6.0], "unet, adamw": [1.0, 2.0, 1.0], "unet-attention, adamw": [2.0, 4.0, 6.0]}
     recipes = {"ours, adamw": [2.0, 2.0, 9.0], "ours, muon": [2.5, 2.5, 10.0]}
-    quality.write(tmp_path / "step-times-16.json", dict(networks=seconds, recipes=recipes))
-    quality.write(tmp_path / "step-times-32.json", dict(networks={"ours": [8.0, 9.0, 7.0]}, recipes={}))
+    quality.write(tmp_path / "step-times-16.json", dict(groups=[dict(seconds=networks), dict(seconds=recipes)]))
+    quality.write(tmp_path / "step-times-32.json", dict(groups=[dict(seconds={"ours, adamw": [8.0, 9.0, 7.0]})]))
     return lambda run, mse: quality.write(tmp_path / "records" / f"{run.name}.json", record(run, mse))
 
 
@@ -60,6 +60,18 @@ def test_equal_time_is_the_median_of_ratios_within_rounds(results):
     assert quality.steps_in_equal_time(CATS, "ours") == CATS.steps
     assert quality.steps_in_equal_time(CATS, "ours", "muon") == CATS.steps * 0.8
     assert quality.steps_in_equal_time(CATS, "unet", "muon") == 2 * CATS.steps  # not timed: as AdamW
+    assert quality.steps_in_equal_time(CATS, "resblocks", "muon") == CATS.steps  # not timed at all: as ours
+    assert quality.step_share(16, "ours", "muon", base="unet, adamw") == 2  # not timed with Muon beside this one
+
+
+def test_only_what_has_no_times_yet_is_timed_beside_ours(results):
+    names = quality.untimed(16)
+    assert names[0] == "ours, adamw" and {"resblocks, adamw", "unet, muon for 3x3 too"} < set(names)
+    assert not {"unet, adamw", "ours, muon"} & set(names)
+    everything = quality.untimed(16, again=True)
+    assert set(names) | {"unet, adamw", "ours, muon"} <= set(everything)
+    quality.write(quality.RESULTS / "step-times-16.json", dict(groups=[dict(seconds=dict.fromkeys(everything, [1.0]))]))
+    assert not quality.untimed(16)
 
 
 def test_a_run_that_grows_takes_the_time_of_one_that_does_not(results):
@@ -200,6 +212,11 @@ def test_blocks_lose_the_part_that_their_name_says():
     b = block("no feed-forward")
     x40 = torch.randn(2, 40, 8, 8)
     torch.testing.assert_close(b(x40, t, e), cell(b, x40) + b.mix(cell(b, x40), e))
+    b = block("no cell, wider")
+    x40 = torch.randn(2, 40, 8, 8)
+    mixed = x40 + b.mix(x40, e)
+    torch.testing.assert_close(b(x40, t, e), mixed + b.ff(b.norm_ff(mixed, e)))
+    assert not hasattr(b, "cfc")
     b = block("mix in the cell")
     torch.nn.init.ones_(b.cfc.spatial.pool_weight)
     moved = b.cfc.spatial(x + 1) - b.cfc.spatial(x)  # inside the border, a constant adds the kernels' sums and the mean
