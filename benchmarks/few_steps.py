@@ -1,7 +1,6 @@
 """How good few Euler steps are before and after one reflow, on the network's own pairs of noise and picture.
 
-    python benchmarks/few_steps.py [--weights FILE] [--pairs 768] [--steps 200] [--pictures 128]
-    python benchmarks/few_steps.py --heun      # adds the network as it is, by Heun's method, to the result that is there
+    python benchmarks/few_steps.py [--weights FILE] [--pairs 4096] [--steps 2000] [--pictures 128]
     python benchmarks/few_steps.py --table
 
 Writes benchmarks/results/few_steps.json: straightness, and for each number of steps the distance to the original network's
@@ -79,7 +78,7 @@ def measure(name, model, noise, target, real, solver="euler"):
 def straighten(name, model, images, noise, steps, batch_size, lr):
     """The averaged weights after reflow, as a model."""
     model = copy.deepcopy(model).train()
-    update = WeightUpdate(model, torch.float32, lr=lr, by_fan_in=True, warmup_steps=20)
+    update = WeightUpdate(model, torch.float32, lr=lr, by_fan_in=True, muon=1, warmup_steps=20)
     losses = ld_reflow.reflow(model, update, images, noise, steps, batch_size, *KINDS[name])
     for _ in tqdm(losses, total=steps, desc=f"reflow, {name}"):
         pass
@@ -111,14 +110,14 @@ def main():
     parser.add_argument(
         "--data", default="samples", help="its training pictures: folder, zip, parquet folder or Hub id"
     )
-    parser.add_argument("--pairs", type=int, default=768)
-    parser.add_argument("--pair-steps", type=int, default=25, help="Euler steps of a pair's picture")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of a reflow")
+    parser.add_argument("--pairs", type=int, default=4096)
+    parser.add_argument("--pair-steps", type=int, default=10, help="steps of a pair's picture")
+    parser.add_argument("--pair-solver", default="heun", help="and their method: euler, heun or midpoint")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of a reflow")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=4e-3, help="by fan-in")
+    parser.add_argument("--lr", type=float, default=4e-3, help="Muon's, and AdamW's by fan-in")
     parser.add_argument("--pictures", type=int, default=128, help="made for each figure")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--heun", action="store_true", help="only add Heun's steps of the network as it is to --out")
     parser.add_argument("--table", action="store_true", help="print the table of the run in --out")
     arguments = parser.parse_args()
     if arguments.table:
@@ -135,18 +134,14 @@ def main():
     test = torch.randn(arguments.pictures, *noise.shape[1:], generator=generator)
     before, target = measure("before", model, test, None, real)
     by_heun, _ = measure("heun", model, test, target, real, "heun")
-    if arguments.heun:
-        result = json.loads(arguments.out.read_text())
-        result["models"] |= dict(before=before, heun=by_heun)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-        return table(arguments.out)
     result = dict(
-        **{name: value for name, value in vars(arguments).items() if name not in ("table", "heun", "weights", "out", "data")},
+        **{name: value for name, value in vars(arguments).items() if name not in ("table", "weights", "out", "data")},
         weights=Path(arguments.weights).name if arguments.weights else "shipped", data=Path(arguments.data).name,
         config=config, image_size=size, training_pictures=len(real), chance=chance(real, arguments.pictures),
         models=dict(before=before, heun=by_heun), threads=1, torch=torch.__version__, code=code_version(),
     )  # fmt: skip
-    images = follow(model, noise, arguments.pair_steps, "pairs")[-1]
+    parts = tqdm(noise.split(64), desc="pairs")
+    images = torch.cat([follow(model, part, arguments.pair_steps, solver=arguments.pair_solver)[-1] for part in parts])
     for name in KINDS:
         after = straighten(name, model, images, noise, arguments.steps, arguments.batch, arguments.lr)
         result["models"][name], _ = measure(name, after, test, target, real)

@@ -353,6 +353,15 @@ def random_modulations(model):
             module.linear.reset_parameters()
 
 
+def small_branches(model, scale=0.1):
+    """The last kernels of cell, mix and feed-forward start at a tenth, so that a fresh block does next to nothing."""
+    for module in model.modules():
+        if isinstance(module, ld.LiquidDiffusionBlock):
+            for convolution in (module.cfc.g[-1], module.cfc.h[-1], module.mix.project, module.ff[-1]):
+                convolution.weight.data.mul_(scale)
+                convolution.bias.data.mul_(scale)
+
+
 def small_networks(size):
     """Name -> function that builds a network of about 0.9M parameters, for pictures of size x size."""
     nano = partial(ld.liquid_diffusion, "nano")
@@ -384,6 +393,7 @@ def small_networks(size):
         "mix in the cell": partial(changed_blocks, mix_in_cell, "nano", channels=(32, 72, 104)),
         "no feed-forward": partial(changed_blocks, without_feed_forward, "nano", channels=(40, 80, 136)),
         "channel attention": partial(changed_blocks, channel_attention, "nano", channels=(32, 64, 88)),
+        "branches start small": partial(started, small_branches, "nano"),
         "output starts at zero": partial(started, zero_output, "nano"),
         "modulations start at random": partial(started, random_modulations, "nano"),
     }

@@ -63,7 +63,7 @@ ABLATED_TOO = (
     "rho spread, -3 to 3",
 )
 BLOCKS = ("no mix", "mix in the cell", "no feed-forward", "channel attention")
-STARTS = ("output starts at zero", "modulations start at random")
+STARTS = ("branches start small", "output starts at zero", "modulations start at random")
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ RECIPES = {
     "long average": dict(ema_gamma=5.0),
     "slow start": {},
     "immiscible": {},
-    "growing": {},
+    "growing": dict(muon=1),
 }
 
 
@@ -296,9 +296,10 @@ def steps_in_equal_time(study, network, recipe="adamw"):
 
 
 def steps_while_growing(study):
-    """Steps, SMALL_SHARE of them at half the size, in the time of the study's."""
-    seconds, small = (step_seconds(size)[0]["ours, adamw"] for size in (study.size, study.size // 2))
-    return round(study.steps / (SMALL_SHARE / (median(seconds) / median(small)) + 1 - SMALL_SHARE))
+    """Steps by Muon, SMALL_SHARE of them at half the size, in the time of the study's with AdamW."""
+    large, small = (median(step_seconds(size)[0]["ours, adamw"]) for size in (study.size, study.size // 2))
+    muon = step_share(study.size, "ours", "muon") * large, step_share(study.size // 2, "ours", "muon") * small
+    return round(study.steps * large / ((1 - SMALL_SHARE) * muon[0] + SMALL_SHARE * muon[1]))
 
 
 def by_recipe(study, recipe, seed):
@@ -326,10 +327,14 @@ def ablated(study, seed, networks=ABLATED, recipe="adamw"):
 
 
 def parts(study, seed):
-    """The liquid part taken away by Muon's recipe, the cell in equal time too."""
-    yield from ablated(study, seed, ("no cell", "gate 1-2", "relaxation off", "relaxation spec"), "muon")
+    """The liquid part taken away by Muon's recipe, the whole cell with its weights given to mix and feed-forward."""
+    yield from ablated(study, seed, ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec"), "muon")
+
+
+def grown(study, seed):
+    """Small pictures first, by Muon, in the time of pictures that are large from the start."""
     rate = best_rate(records(), study, "ours", "muon")
-    yield Run(study.data, "no cell", rate, seed, steps_in_equal_time(study, "no cell"), "muon")
+    yield Run(study.data, "ours", rate, seed, steps_while_growing(study), "growing")
 
 
 def families(study, networks=COMPARED):
@@ -432,8 +437,7 @@ def large(study):
         yield from literal(study, seed)
         yield from ablated(study, seed, ("gate 1-2", "no cell"))
         yield from ablated(study, seed, ("channel attention", "no mix"), "muon")
-        rate = best_rate(records(), study, "ours")
-        yield Run(study.data, "ours", rate, seed, steps_while_growing(study), "growing")
+        yield from grown(study, seed)
 
 
 # name -> the study, and the generator of its runs in order of their worth; what comes later depends on the results before it
