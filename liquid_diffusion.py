@@ -175,9 +175,12 @@ class MultiScaleSpatialMix(nn.Module):
 
 
 class LiquidDiffusionBlock(nn.Module):
-    """x [B, C, H, W], t [B], t_emb [B, D] -> [B, C, H, W]: liquid cell, spatial mix and feed-forward, each added to x."""
+    """x [B, C, H, W], t [B], t_emb [B, D] -> [B, C, H, W]: liquid cell, spatial mix and feed-forward, each added to x.
 
-    def __init__(self, channels, t_dim, relaxation="delta", expansion=2.5):
+    branch_scale: of the last kernels of the three at the start, as a share of PyTorch's default (after arXiv 1901.09321, sec. 3).
+    """
+
+    def __init__(self, channels, t_dim, relaxation="delta", expansion=2.5, branch_scale=0.1):
         super().__init__()
         hidden = int(channels * expansion)
         self.norm_cfc = AdaLN(channels, t_dim)
@@ -186,6 +189,9 @@ class LiquidDiffusionBlock(nn.Module):
         self.mix = MultiScaleSpatialMix(channels, t_dim)
         self.norm_ff = AdaLN(channels, t_dim)
         self.ff = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, channels, 1))
+        for last in (self.cfc.g[-1], self.cfc.h[-1], self.mix.project, self.ff[-1]):
+            for parameter in last.parameters():
+                parameter.data.mul_(branch_scale)
         self.lean = self.checkpointing = False  # see set_lean and set_gradient_checkpointing
 
     def forward(self, x, t, t_emb):
@@ -549,7 +555,7 @@ class LiquidDiffusion(
 ):  # fmt: skip
     """Attention-free U-Net of liquid blocks: x [B, in_channels, H, W], t [B] in [0, 1] -> velocity, the shape of x.
 
-    channels, blocks: per stage. t_dim: width of the time embedding (channels[0] if None). options: relaxation, expansion.
+    channels, blocks: per stage. t_dim: width of the time embedding (channels[0] if None). options: relaxation, expansion, branch_scale.
     H and W must be multiples of 2 ** (stages - 1), else ValueError. LiquidDiffusion(**model.config) builds it again.
     save_pretrained(folder) and push_to_hub("owner/name") write config.json and model.safetensors, from_pretrained reads them.
     """
@@ -607,12 +613,12 @@ def check_recipe(recipe):
 def liquid_diffusion(preset, recipe="measured", **overrides):
     """A LiquidDiffusion by preset name; any argument of LiquidDiffusion may be overridden. ValueError for an unknown name.
 
-    recipe="plain" joins input and cell by the literal formula, relaxation="spec".
+    recipe="plain" joins input and cell by the literal formula, relaxation="spec", and starts every kernel as PyTorch does.
     """
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
     check_recipe(recipe)
-    plain = dict(relaxation="spec") if recipe == "plain" else {}
+    plain = dict(relaxation="spec", branch_scale=1.0) if recipe == "plain" else {}
     return LiquidDiffusion(**{**PRESETS[preset], **plain, **overrides})
 
 

@@ -353,49 +353,44 @@ def random_modulations(model):
             module.linear.reset_parameters()
 
 
-def small_branches(model, scale=0.1):
-    """The last kernels of cell, mix and feed-forward start at a tenth, so that a fresh block does next to nothing."""
-    for module in model.modules():
-        if isinstance(module, ld.LiquidDiffusionBlock):
-            for convolution in (module.cfc.g[-1], module.cfc.h[-1], module.mix.project, module.ff[-1]):
-                convolution.weight.data.mul_(scale)
-                convolution.bias.data.mul_(scale)
-
-
 def small_networks(size):
-    """Name -> function that builds a network of about 0.9M parameters, for pictures of size x size."""
-    nano = partial(ld.liquid_diffusion, "nano")
+    """Name -> function that builds a network of about 0.9M parameters, for pictures of size x size.
+
+    All of ours start by PyTorch's own rule, as "ours" does, but "branches start small", which is the network as users get it.
+    """
+    start = dict(preset="nano", branch_scale=1.0)
+    nano = partial(ld.liquid_diffusion, **start)
     return {
         "ours": nano,
         "formulas": partial(nano, lean=False),
         "unet": partial(UNet, (24, 40, 56), False, 8),
         "unet-attention": partial(UNet, (24, 32, 56), True, 8, 8),
         "dit-2": partial(DiT, 2, size, 26, 4),
-        "resblocks": partial(resblocks, "nano"),
-        "gate 1-2": partial(with_cell, HalfGate, "nano"),
-        "gate of the picture": partial(with_cell, InputGate, "nano"),
-        "gate of the time": partial(with_cell, TimeGate, "nano"),
-        "one head, no gate": partial(with_cell, OneHead, "nano"),
-        "no cell": partial(with_cell, NoCell, "nano"),
+        "resblocks": partial(resblocks, **start),
+        "gate 1-2": partial(with_cell, HalfGate, **start),
+        "gate of the picture": partial(with_cell, InputGate, **start),
+        "gate of the time": partial(with_cell, TimeGate, **start),
+        "one head, no gate": partial(with_cell, OneHead, **start),
+        "no cell": partial(with_cell, NoCell, **start),
         "relaxation off": partial(nano, relaxation="off"),
         "relaxation spec": partial(nano, relaxation="spec"),
         "relaxation only": partial(nano, relaxation="only"),
-        "rho from 3": partial(with_rho, lambda n: torch.full((n,), 3.0), "nano"),
-        "rho spread, -3 to 3": partial(with_rho, lambda n: torch.linspace(-3, 3, n), "nano"),
-        "shift of picture and time": partial(with_cell, FeatureShift, "nano"),
-        "h + gate g": partial(no_gate, "nano"),
-        "gate of the paper": partial(with_cell, PaperGate, "nano"),
-        "gate of ncps": partial(with_cell, NcpsGate, "nano"),
-        "gate times h": partial(with_cell, GatedHead, "nano"),
-        "tanh heads": partial(with_cell, TanhHeads, "nano"),
-        "no mix": partial(changed_blocks, without_mix, "nano", channels=(32, 64, 112)),
-        "no cell, wider": partial(changed_blocks, without_cell, "nano", channels=(40, 72, 112)),
-        "mix in the cell": partial(changed_blocks, mix_in_cell, "nano", channels=(32, 72, 104)),
-        "no feed-forward": partial(changed_blocks, without_feed_forward, "nano", channels=(40, 80, 136)),
-        "channel attention": partial(changed_blocks, channel_attention, "nano", channels=(32, 64, 88)),
-        "branches start small": partial(started, small_branches, "nano"),
-        "output starts at zero": partial(started, zero_output, "nano"),
-        "modulations start at random": partial(started, random_modulations, "nano"),
+        "rho from 3": partial(with_rho, lambda n: torch.full((n,), 3.0), **start),
+        "rho spread, -3 to 3": partial(with_rho, lambda n: torch.linspace(-3, 3, n), **start),
+        "shift of picture and time": partial(with_cell, FeatureShift, **start),
+        "h + gate g": partial(no_gate, **start),
+        "gate of the paper": partial(with_cell, PaperGate, **start),
+        "gate of ncps": partial(with_cell, NcpsGate, **start),
+        "gate times h": partial(with_cell, GatedHead, **start),
+        "tanh heads": partial(with_cell, TanhHeads, **start),
+        "no mix": partial(changed_blocks, without_mix, **start, channels=(32, 64, 112)),
+        "no cell, wider": partial(changed_blocks, without_cell, **start, channels=(40, 72, 112)),
+        "mix in the cell": partial(changed_blocks, mix_in_cell, **start, channels=(32, 72, 104)),
+        "no feed-forward": partial(changed_blocks, without_feed_forward, **start, channels=(40, 80, 136)),
+        "channel attention": partial(changed_blocks, channel_attention, **start, channels=(32, 64, 88)),
+        "branches start small": partial(ld.liquid_diffusion, "nano"),
+        "output starts at zero": partial(started, zero_output, **start),
+        "modulations start at random": partial(started, random_modulations, **start),
     }
 
 

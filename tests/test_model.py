@@ -220,6 +220,21 @@ def test_a_block_of_the_specification_passes_clean_features_with_their_normalise
     torch.testing.assert_close(out, x + normed)
 
 
+def test_branches_start_at_a_tenth_so_that_a_fresh_block_passes_x_on():
+    blocks = []
+    for branch_scale in ({}, dict(branch_scale=1.0)):
+        torch.manual_seed(0)
+        blocks.append(LiquidDiffusionBlock(16, 6, **branch_scale))
+    small, full = ({name: p.detach() for name, p in block.named_parameters()} for block in blocks)
+    last = ("cfc.g.2", "cfc.h.2", "mix.project", "ff.2")
+    for name in full:
+        share = 0.1 if name.rpartition(".")[0] in last else 1.0
+        torch.testing.assert_close(small[name], share * full[name])
+    x, t, t_emb = torch.randn(4, 16, 8, 8), torch.rand(4), torch.randn(4, 6)
+    moved = [(block(x, t, t_emb) - x).square().mean().item() for block in blocks]
+    assert moved[0] < 0.02 * moved[1]
+
+
 def test_adaln_starts_as_plain_normalisation_per_group():
     x = torch.randn(2, 16, 5, 5) * 4 + 3
     normed = AdaLN(16, 6)(x, torch.randn(2, 6)).view(2, 8, -1)
