@@ -122,13 +122,51 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(hidden, t_emb)))
 
 
-def resblocks(preset="tiny", **overrides):
-    """Our encoder and decoder with every liquid block replaced by ResBlocks of about its number of weights."""
+class DenseCell(nn.Module):
+    """The cell as the whole block, x [B, C, H, W], t, t_emb -> x's shape: one dense 3x3 kernel for context, heads of 1x1 kernels.
+
+    gated=False takes the mean of the two heads. The heads start at a tenth, as the branches of our block do.
+    """
+
+    def __init__(self, channels, t_dim, gated=True):
+        super().__init__()
+        hidden = ld.GROUPS * round(0.9 * channels / ld.GROUPS)  # so that it has our block's number of weights
+        self.norm, self.context, self.gated = (
+            ld.AdaLN(channels, t_dim),
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            gated,
+        )
+        self.f, self.g, self.h = (nn.Conv2d(hidden, channels, 1) for _ in range(3))
+        self.time_a, self.time_b = nn.Linear(t_dim, channels), nn.Linear(t_dim, channels)
+        shrink(self.g, self.h)
+
+    def forward(self, x, t, t_emb):
+        z = F.silu(self.context(F.silu(self.norm(x, t_emb))))
+        gate = ld.ParallelCfC.gate(self, z, t_emb) if self.gated else z.new_full((), 0.5)
+        return x + torch.lerp(self.h(z), self.g(z), gate)
+
+
+def shrink(*convolutions, scale=0.1):
+    """Make weights and biases a tenth of what they are."""
+    for convolution in convolutions:
+        for parameter in convolution.parameters():
+            parameter.data.mul_(scale)
+
+
+def replaced(block_of, preset="tiny", **overrides):
+    """Our encoder and decoder with block_of(channels, t_dim) in place of every liquid block."""
     model = ld.liquid_diffusion(preset, **overrides)
     for stage in [module for module in model.modules() if isinstance(module, ld.Stage)]:
         for i, block in enumerate(stage):
-            stage[i] = ResBlock(block.ff[0].in_channels, model.config["t_dim"])
+            stage[i] = block_of(block.ff[0].in_channels, model.config["t_dim"])
     return model
+
+
+def small_resblock(channels, t_dim):
+    """A ResBlock whose last kernel starts at a tenth."""
+    block = ResBlock(channels, t_dim)
+    shrink(block.conv2)
+    return block
 
 
 # ---- the liquid part, changed -----------------------------------------------------------------------------------------
@@ -366,7 +404,7 @@ def small_networks(size):
         "unet": partial(UNet, (24, 40, 56), False, 8),
         "unet-attention": partial(UNet, (24, 32, 56), True, 8, 8),
         "dit-2": partial(DiT, 2, size, 26, 4),
-        "resblocks": partial(resblocks, **start),
+        "resblocks": partial(replaced, ResBlock, **start),
         "gate 1-2": partial(with_cell, HalfGate, **start),
         "gate of the picture": partial(with_cell, InputGate, **start),
         "gate of the time": partial(with_cell, TimeGate, **start),
@@ -389,6 +427,13 @@ def small_networks(size):
         "no feed-forward": partial(changed_blocks, without_feed_forward, **start, channels=(40, 80, 136)),
         "channel attention": partial(changed_blocks, channel_attention, **start, channels=(32, 64, 88)),
         "branches start small": partial(ld.liquid_diffusion, "nano"),
+        "small start, gate 1-2": partial(with_cell, HalfGate, "nano"),
+        "small start, relaxation off": partial(ld.liquid_diffusion, "nano", relaxation="off"),
+        "small start, relaxation spec": partial(ld.liquid_diffusion, "nano", relaxation="spec"),
+        "small start, no cell, wider": partial(changed_blocks, without_cell, "nano", channels=(40, 80, 112)),
+        "small start, resblocks": partial(replaced, small_resblock, "nano"),
+        "cell on a dense 3x3": partial(replaced, DenseCell, "nano"),
+        "cell on a dense 3x3, gate 1-2": partial(replaced, partial(DenseCell, gated=False), "nano"),
         "output starts at zero": partial(started, zero_output, **start),
         "modulations start at random": partial(started, random_modulations, **start),
     }

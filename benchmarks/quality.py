@@ -45,8 +45,18 @@ SMALL_SHARE = 3 / 4  # of the steps of a run that grows
 RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-in unless the recipe says otherwise
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
-MUONS = dict.fromkeys(("ours", "branches start small", "no cell", "no cell, wider"), "muon")  # for their dense kernels
-MUONS |= dict.fromkeys(("unet", "unet-attention", "resblocks"), "muon for 3x3 too")
+DEFAULT, DENSE = "branches start small", "cell on a dense 3x3"  # what users get; and the cell as a whole block
+MATCHED = (
+    "ours",
+    DEFAULT,
+    "resblocks",
+    "small start, resblocks",
+    DENSE,
+    *COMPARED[1:],
+)  # each with Muon at its own rate
+PARTS = tuple(f"small start, {part}" for part in ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec"))
+MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider"), "muon")  # for their dense kernels
+MUONS |= dict.fromkeys((*COMPARED[1:], *MATCHED[2:5], f"{DENSE}, gate 1-2"), "muon for 3x3 too")
 ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
     "gate times h",
@@ -326,15 +336,17 @@ def ablated(study, seed, networks=ABLATED, recipe="adamw"):
         yield Run(study.data, network, best_rate(records(), study, "ours", recipe), seed, study.steps, recipe)
 
 
-def parts(study, seed):
-    """The liquid part taken away by Muon's recipe, the whole cell with its weights given to mix and feed-forward."""
-    yield from ablated(study, seed, ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec"), "muon")
+def parts(study, seed, network=DEFAULT, changed=PARTS):
+    """By Muon, a network and what is left of it without its liquid parts, at the rate that is best for it whole."""
+    rate = best_rate(records(), study, network, MUONS[network])
+    for name in (network, *changed):
+        yield Run(study.data, name, rate, seed, study.steps, MUONS[network])
 
 
 def grown(study, seed):
     """Small pictures first, by Muon, in the time of pictures that are large from the start."""
-    rate = best_rate(records(), study, "ours", "muon")
-    yield Run(study.data, "ours", rate, seed, steps_while_growing(study), "growing")
+    rate = best_rate(records(), study, DEFAULT, "muon")
+    yield Run(study.data, DEFAULT, rate, seed, steps_while_growing(study), "growing")
 
 
 def families(study, networks=COMPARED):
@@ -366,7 +378,7 @@ def tuned(study, recipe, rates=None, network="ours"):
         yield Run(study.data, network, best_rate(records(), study, network, recipe), seed, study.steps, recipe)
 
 
-def with_muon(study, networks=COMPARED):
+def with_muon(study, networks=MATCHED):
     """Muon for the dense kernels, at rates of its own: in the time of ours with AdamW, and ours in equal steps too."""
     for network in networks:
         yield from search(study, network, MUONS[network])
@@ -374,7 +386,7 @@ def with_muon(study, networks=COMPARED):
         for network in networks:
             rate = best_rate(records(), study, network, MUONS[network])
             steps = steps_in_equal_time(study, network, MUONS[network])
-            for n in (steps, study.steps) if network == "ours" else (steps,):
+            for n in (steps, study.steps) if network in ("ours", DEFAULT) else (steps,):
                 yield Run(study.data, network, rate, seed, n, MUONS[network])
 
 
@@ -417,7 +429,7 @@ def longer(study):
     yield from search(study, "ours")
     for seed in SEEDS:
         yield from in_equal_steps(study, seed, ("ours",))
-    yield from with_muon(study, ("ours",))
+    yield from with_muon(study, ("ours", DEFAULT))
     for seed in SEEDS:
         yield from parts(study, seed)
     for seed in SEEDS:
@@ -427,17 +439,19 @@ def longer(study):
 
 
 def large(study):
-    """The networks a user would pick, growing pictures, and the network without its cell."""
+    """The networks a user would pick, the liquid parts, growing pictures; and the cell as a block of its own."""
     yield from families(study)
     yield from with_muon(study)
     for seed in SEEDS:
         yield from parts(study, seed)
+    for seed in SEEDS:
+        yield from parts(study, seed, DENSE, (f"{DENSE}, gate 1-2",))
+    for seed in SEEDS:
+        yield from grown(study, seed)
     yield from tuned(study, "plain", (2e-3, 4e-3, 8e-3, 16e-3), "relaxation spec")
     for seed in SEEDS:
         yield from literal(study, seed)
         yield from ablated(study, seed, ("gate 1-2", "no cell"))
-        yield from ablated(study, seed, ("channel attention", "no mix"), "muon")
-        yield from grown(study, seed)
 
 
 # name -> the study, and the generator of its runs in order of their worth; what comes later depends on the results before it
@@ -468,7 +482,9 @@ def step_times(images, names):
 
 def untimed(size, again=False):
     """Every "network, recipe" that is compared in equal time and has no step times yet, with ours for a yardstick."""
-    names = [f"{network}, adamw" for network in small_networks(size)] + [f"{n}, {recipe}" for n, recipe in MUONS.items()]
+    names = [f"{network}, adamw" for network in small_networks(size)] + [
+        f"{n}, {recipe}" for n, recipe in MUONS.items()
+    ]
     known = {} if again else set().union(*step_seconds(size))
     new = [name for name in names if name not in known]
     return new and list(dict.fromkeys(["ours, adamw", *new]))

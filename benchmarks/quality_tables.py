@@ -11,12 +11,23 @@ from pathlib import Path
 from statistics import mean
 
 import quality
-from quality import STUDIES, best_rate, curve, ranked_rates, records, steps_in_equal_time, steps_while_growing
+from quality import (
+    STUDIES,
+    best_rate,
+    curve,
+    ranked_rates,
+    records,
+    step_seconds,
+    steps_in_equal_time,
+    steps_while_growing,
+)
 
 DOCS, MARKS = Path(__file__).parent.parent / "docs" / "quality.md", ("<!-- tables -->", "<!-- end of tables -->")
-FAMILIES = (*quality.COMPARED, "resblocks", "dit-2")
+FAMILIES = ("ours", *quality.MATCHED[1:], "dit-2")
 DIGITS = dict(mse=4, frechet=1)  # after the point, of the scores
-VARIANTS = (*quality.ABLATED, *quality.ABLATED_TOO, *quality.BLOCKS, *quality.STARTS)
+VARIANTS = (*quality.ABLATED, *quality.ABLATED_TOO, "no cell, wider", *quality.BLOCKS, *quality.STARTS)
+
+DENSE_VARIANTS = [("gate 1-2", dict(network=f"{quality.DENSE}, gate 1-2"))]
 
 
 def seeds_of(known, **wanted):
@@ -107,26 +118,25 @@ def comparison_table(known, study):
     return rows([*head, "equal time: steps x seeds", "MSE", "Frechet"], lines)
 
 
-def difference_table(known, study, variants, recipe="adamw", least=1):
-    """Each (name, values of its runs) against ours by this recipe: differences seed by seed, below 0 is better.
+def difference_table(known, study, variants, recipe="adamw", least=1, network="ours"):
+    """Each (name, values of its runs) against `network` by this recipe: differences seed by seed, below 0 is better.
 
     least: of seeds; with fewer a variant is left out.
     """
-    if not curve(known, study, "ours", recipe):
+    if not curve(known, study, network, recipe):
         return ""
-    lr = best_rate(known, study, "ours", recipe)
-    ours = dict(data=study.data, network="ours", recipe=recipe, lr=lr, steps=study.steps)
-    reference, lines = seeds_of(known, **ours), []
+    lr = best_rate(known, study, network, recipe)
+    whole = dict(data=study.data, network=network, recipe=recipe, lr=lr, steps=study.steps)
+    reference, lines = seeds_of(known, **whole), []
     for name, values in variants:
-        found = {key: paired(seeds_of(known, **(ours | values)), reference, key) for key in DIGITS}
+        found = {key: paired(seeds_of(known, **(whole | values)), reference, key) for key in DIGITS}
         if len(found["mse"]) >= least:
             cells = (text for key, d in found.items() for text in (spread(d, key, "+"), verdict(d) if d else ""))
             lines.append([name, str(len(found["mse"])), *cells])
     level = "MSE {}, Frechet {}".format(*scores(list(reference.values())))
-    lead = (
-        f"Ours by {recipe} after {study.steps} steps at {study.size} px, rate {lr:g}, {len(reference)} seeds: {level}."
-    )
-    head = ["changed", "seeds", "MSE minus ours, mean (range)", "", "Frechet minus ours, mean (range)", ""]
+    size = f"{study.steps} steps at {study.size} px, rate {lr:g}, {len(reference)} seeds"
+    lead = f"{network[0].upper()}{network[1:]} by {recipe} after {size}: {level}."
+    head = ["changed", "seeds", "MSE, difference: mean (range)", "", "Frechet, difference: mean (range)", ""]
     return f"{lead}\n\n{rows(head, lines)}" if lines else ""
 
 
@@ -136,6 +146,15 @@ def liquid_variants(study):
         yield network, dict(network=network)
     steps = steps_in_equal_time(study, "no cell")
     yield f"no cell, {steps} steps: equal time", dict(network="no cell", steps=steps)
+
+
+def default_variants(study):
+    """(name, values) of the network that users get without its parts, started otherwise, and on growing pictures."""
+    for name in (*quality.PARTS, "ours"):
+        yield name.replace("ours", "literal start").removeprefix("small start, "), dict(network=name)
+    if step_seconds(study.size // 2):
+        steps = steps_while_growing(study)
+        yield f"growing, {steps} steps: equal time", dict(recipe="growing", steps=steps)
 
 
 def recipe_variants(known, study):
@@ -193,6 +212,14 @@ def tables(known):
                     difference_table(known, study, liquid_variants(study), recipe),
                 )
                 for recipe in ("adamw", "muon")
+            ),
+            (
+                f"{study}: the network as users get it, and less of it",
+                difference_table(known, study, default_variants(study), "muon", network=quality.DEFAULT),
+            ),
+            (
+                f"{study}: the cell as the whole block, without its gate",
+                difference_table(known, study, DENSE_VARIANTS, "muon for 3x3 too", network=quality.DENSE),
             ),
             (f"{study}: the recipe", difference_table(known, study, recipe_variants(known, study))),
             (f"{study}: averaged weights", average_table(known, study)),

@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from statistics import median, quantiles
 
+import quality
 import torch
 from quality import STUDIES, records, step_share
-from quality_tables import compared, difference_table, liquid_variants, recipe_variants, rows, scores
+from quality_tables import DENSE_VARIANTS, compared, default_variants, difference_table, recipe_variants, rows, scores
 from reliability import markdown
 
 import liquid_diffusion as ld
@@ -20,7 +21,15 @@ from ld_checkpoint import SHIPPED, open_weights
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
-NAMES = {"ours": "**ours**", "unet": "UNet2DModel", "unet-attention": "UNet2DModel with attention"}
+NAMES = {
+    quality.DEFAULT: "**ours**",
+    "ours": "ours, literal start",
+    "unet": "UNet2DModel",
+    "unet-attention": "UNet2DModel with attention",
+    "resblocks": "our U-Net of plain residual blocks",
+    "small start, resblocks": "the same, started small",
+    quality.DENSE: "our U-Net of cells on a dense 3×3 kernel",
+}
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW", "muon for 3x3 too": "Muon and AdamW"}
 USES = dict(nano="CPUs, tests", tiny="a free T4", small="16 GB", base="24 GB", large="24 GB and up")
 
@@ -44,7 +53,7 @@ def shipped():
     return (
         f"*{found['samples']} samples of the network that comes with the project (`sample_data/{SHIPPED.name}`): {metadata['preset']}, "
         f"{parameters(metadata['preset']):,} parameters, {metadata['image_size']} px, {int(metadata['steps']):,} steps of "
-        f"{metadata['batch_size']} pictures, {float(metadata['minutes']):g} minutes of two CPU cores; 50 Euler steps, noise from one seed, "
+        f"{metadata['batch_size']} pictures, {metadata['cpu_minutes']} minutes of one CPU core; 50 Euler steps, noise from one seed, "
         f"none chosen. The mean distance to the nearest of the {found['training pictures']} training pictures is {found['mean']:.2f} (quartiles "
         f"{low:.2f} to {high:.2f}), that of a training picture to its nearest other {found['mean of these']:.2f} ({low_other:.2f} to "
         f"{high_other:.2f}; root mean square, pixels in [−1, 1]; `python benchmarks/copies.py`).*"
@@ -92,7 +101,12 @@ CLAIMS = (
         "The second is the one that the form is derived from; the cell is a learned mixture in that form",
     ),
     ("It needs no ODE solver", "CfC needs no ODE solver", "Yes, the cell; sampling does", ""),
-    ("Near t = 0 the gate is near 0.5", "Near t = 0 the gate is near 1/2", "No", "It would need a and b to vanish there"),
+    (
+        "Near t = 0 the gate is near 0.5",
+        "Near t = 0 the gate is near 1/2",
+        "No",
+        "It would need a and b to vanish there",
+    ),
     ("Near t = 1 the gate saturates", "Near t = 1 the gate saturates", "No", ""),
     (
         "Each region has its own response",
@@ -140,19 +154,19 @@ def families():
 
 
 def liquid():
-    """What becomes of the longer and of the larger runs without the parts that are liquid, seed by seed."""
-    known, parts = records(), []
-    for name in ("longer", "larger"):
-        study = STUDIES[name][0]
-        shown = (v for v in liquid_variants(study) if v[0].startswith(("gate 1-2", "relaxation", "no cell")))
-        parts.append(difference_table(known, study, shown, "muon", least=2))
-    return "\n\n".join(parts)
+    """What becomes of the network that users get, and of the cell as a block of its own, without what is liquid in them."""
+    known, study = records(), STUDIES["larger"][0]
+    shown = [v for v in default_variants(study) if v[1].get("network") in quality.PARTS]
+    whole = difference_table(known, study, shown, "muon", least=2, network=quality.DEFAULT)
+    return whole + "\n\n" + difference_table(known, study, DENSE_VARIANTS, "muon for 3x3 too", network=quality.DENSE)
 
 
 def recipe_differences():
-    """What becomes of ours, in longer and larger runs, when it is trained otherwise."""
-    known, studies = records(), [STUDIES[name][0] for name in ("longer", "larger")]
-    return "\n\n".join(difference_table(known, study, recipe_variants(known, study), least=2) for study in studies)
+    """What becomes of ours in the larger runs when it is trained otherwise: the default, and what it was before Muon."""
+    known, study = records(), STUDIES["larger"][0]
+    shown = [v for v in default_variants(study) if v[1].get("network") not in quality.PARTS]
+    default = difference_table(known, study, shown, "muon", least=2, network=quality.DEFAULT)
+    return default + "\n\n" + difference_table(known, study, recipe_variants(known, study), least=2)
 
 
 def few_steps():
@@ -166,7 +180,11 @@ def few_steps():
     names["improved"] = "after reflow by [arXiv 2405.20320](https://arxiv.org/abs/2405.20320)"
     models = result["models"]
     lines = [
-        [names[name], *(f"{score['frechet']:.0f}" for score in models[name]["counts"].values()), f"{models[name]['S']:.3f}"]
+        [
+            names[name],
+            *(f"{score['frechet']:.0f}" for score in models[name]["counts"].values()),
+            f"{models[name]['S']:.3f}",
+        ]
         for name in names
     ]
     low, high = result["chance"]["frechet"]
@@ -180,7 +198,9 @@ def few_steps():
 def muon_cost():
     """What Muon adds to a step of ours."""
     more = {size: step_share(size, "ours", "muon") - 1 for size in (16, 32)}
-    return f"A step with Muon takes {more[32]:.0%} longer at 32 px and {more[16]:.0%} at 16 px (`nano`, one CPU thread)."
+    return (
+        f"A step with Muon takes {more[32]:.0%} longer at 32 px and {more[16]:.0%} at 16 px (`nano`, one CPU thread)."
+    )
 
 
 # ---- data, faults, speed --------------------------------------------------------------------------------------------
@@ -192,7 +212,9 @@ def data():
     lines = []
     for figure in result["figures"]:
         if figure["goal"]:
-            low, middle, high = (f"{figure[key]:,.{0 if figure['median'] > 100 else 2}f}" for key in ("low", "median", "high"))
+            low, middle, high = (
+                f"{figure[key]:,.{0 if figure['median'] > 100 else 2}f}" for key in ("low", "median", "high")
+            )
             values = f"{middle} {figure['unit']}" + (f" ({low} to {high})" if figure["n"] > 1 else "")
             goal = figure["goal"] + ("" if figure["reached"] else ": not reached")
             lines.append([figure["figure"], values, str(figure["n"]), goal])

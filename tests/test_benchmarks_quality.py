@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import quality  # noqa: E402
 import quality_tables  # noqa: E402
-from networks import FeatureShift, ld, small_networks  # noqa: E402
+from networks import DenseCell, FeatureShift, ld, small_networks  # noqa: E402
 from quality import Run, Study  # noqa: E402
 
 CATS = Study("cats", 150)
@@ -25,7 +25,11 @@ def record(run, mse, **values):
 def results(tmp_path, monkeypatch):
     """An empty folder of results; done(run, mse) puts a run into it."""
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
-    networks = {"ours, adamw": [2.0, 4.0, 6.0], "unet, adamw": [1.0, 2.0, 1.0], "unet-attention, adamw": [2.0, 4.0, 6.0]}
+    networks = {
+        "ours, adamw": [2.0, 4.0, 6.0],
+        "unet, adamw": [1.0, 2.0, 1.0],
+        "unet-attention, adamw": [2.0, 4.0, 6.0],
+    }
     recipes = {"ours, adamw": [2.0, 2.0, 9.0], "ours, muon": [2.5, 2.5, 10.0]}
     quality.write(tmp_path / "step-times-16.json", dict(groups=[dict(seconds=networks), dict(seconds=recipes)]))
     quality.write(tmp_path / "step-times-32.json", dict(groups=[dict(seconds={"ours, adamw": [8.0, 9.0, 7.0]})]))
@@ -76,7 +80,9 @@ def test_only_what_has_no_times_yet_is_timed_beside_ours(results):
 
 def test_a_run_that_grows_takes_the_time_of_one_that_does_not(results):
     steps = quality.steps_while_growing(Study("cats at 32 px", 300))
-    small = quality.SMALL_SHARE * steps  # a step of 8 s at 32 px, where Muon was not timed, of 4 s and 5 s with Muon at 16 px
+    small = (
+        quality.SMALL_SHARE * steps
+    )  # a step of 8 s at 32 px, where Muon was not timed, of 4 s and 5 s with Muon at 16 px
     assert small * 5 + (steps - small) * 8 == pytest.approx(300 * 8, rel=0.002)
 
 
@@ -229,6 +235,32 @@ def test_blocks_lose_the_part_that_their_name_says():
     torch.testing.assert_close(b.mix(x, e), b.mix.project.bias[:, None, None].expand(2, 32, 8, 8))
 
 
+def test_the_cell_on_a_dense_kernel_is_a_mixture_of_two_heads_or_their_mean():
+    torch.manual_seed(0)
+    x, t, e = torch.randn(2, 32, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 24)
+    for name, gated in (("cell on a dense 3x3", True), ("cell on a dense 3x3, gate 1-2", False)):
+        b = next(m for m in small_networks(16)[name]().modules() if isinstance(m, DenseCell))
+        z = torch.nn.functional.silu(b.context(torch.nn.functional.silu(b.norm(x, e))))
+        a, shift = b.time_a(e)[..., None, None], b.time_b(e)[..., None, None]
+        gate = torch.sigmoid(a * b.f(z) - shift) if gated else 0.5
+        torch.testing.assert_close(b(x, t, e) - x, gate * b.g(z) + (1 - gate) * b.h(z))
+        assert all(p.std().item() * (3 * 32) ** 0.5 == pytest.approx(0.1, rel=0.15) for p in (b.g.weight, b.h.weight))
+
+
+def test_ours_starts_literally_in_every_comparison_but_where_the_name_says_small():
+    stds = {}
+    for name, build in small_networks(16).items():
+        blocks = [m for m in build().modules() if isinstance(m, ld.LiquidDiffusionBlock) and hasattr(m, "ff")]
+        if blocks:
+            fan_in = blocks[0].ff[-1].in_channels
+            stds[name] = blocks[0].ff[-1].weight.std().item() * (3 * fan_in) ** 0.5  # 1 by PyTorch's rule
+    for name, std in stds.items():
+        assert std == pytest.approx(0.1 if "small" in name else 1.0, rel=0.1), name
+    assert "ours" in stds and quality.DEFAULT in stds and len(stds) > 20
+    resblocks = small_networks(16)["small start, resblocks"]().bottleneck[0].conv2.weight
+    assert resblocks.std().item() * (3 * resblocks[0].numel()) ** 0.5 == pytest.approx(0.1, rel=0.1)
+
+
 def test_immiscible_noise_is_the_nearest_of_four():
     seen = []
 
@@ -282,6 +314,21 @@ def test_muon_is_asked_for_at_its_own_rate_in_the_time_of_adamw(results):
     assert "Ours by adamw after 150 steps at 16 px, rate 0.008, 1 seeds" in text
     assert "| muon, rate 0.016 | 1 | -0.5000 | one seed | -50.0 | one seed |" in text
     assert "| muon, rate 0.016, 120 steps: equal time | 1 |" in text
+
+
+def test_parts_are_taken_from_the_network_that_users_get_at_its_own_rate(results):
+    for lr in (4e-3, 8e-3, 16e-3):
+        results(Run("cats", quality.DEFAULT, lr, recipe="muon"), loss(lr, 8e-3))
+    runs = [run for seed in (0, 1) for run in quality.parts(CATS, seed)]
+    assert {(run.lr, run.steps, run.recipe) for run in runs} == {(8e-3, 150, "muon")}
+    assert {run.network for run in runs} == {quality.DEFAULT, *quality.PARTS} <= set(small_networks(16))
+    for run in runs:
+        results(run, 0.5 if run.network == quality.DEFAULT else 0.6 + 0.01 * run.seed)
+    variants = quality_tables.default_variants(CATS)
+    text = quality_tables.difference_table(quality.records(), CATS, variants, "muon", network=quality.DEFAULT)
+    assert "Branches start small by muon after 150 steps at 16 px, rate 0.008, 2 seeds: MSE 0.5000" in text
+    assert "| gate 1-2 | 2 | +0.1050 (+0.1000 to +0.1100) | worse |" in text
+    assert "literal start" not in text and "growing" not in text  # not run
 
 
 def test_starts_are_what_their_names_say():
