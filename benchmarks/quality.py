@@ -4,15 +4,14 @@
     python benchmarks/quality.py --root FOLDER --solvers       # quality against the number of sampling steps
     python benchmarks/quality_tables.py                        # print the tables and put them into docs/quality.md
 
-FOLDER holds the sets named in SETS; STUDIES says what is compared on which. Every network has about 0.9M parameters and its own
-learning rate: four rates at seed 0, more by factors of two until the best is not at an end, then seeds 1 and 2 at the best.
-"Equal time" repeats that rate with as many steps as our network's time allows; the step times are measured first, in rounds
-that run every network once, as CPU seconds of one thread, and kept in step-times-SIZE.json (--times measures them anew, and
-what has none is measured first). Scores
-are those of the averaged weights: velocity MSE on the last tenth of the pictures (256 of them, five times), and the Frechet
-distance by `ld_eval.RandomFeatures` between 320 samples and the training pictures. Samples take 10 steps of Heun's method, 20
-evaluations: after 10 of Euler's they are too smooth, and a network that leaves some noise in them makes up for it and scores
-better than one that has learned more.
+FOLDER holds the sets named in SETS; STUDIES says what is compared on which. Every network but "tiny" has about 0.9M parameters, and
+each its own learning rate: four rates at seed 0, more by factors of two until the best is not at an end, then seeds 1 and 2 at the
+best. "Equal time" repeats that rate with as many steps as our network's time allows; the step times are measured first, in rounds
+that run every network once, as CPU seconds of one thread, and kept in step-times-SIZE.json (--times measures them anew, and what
+has none is measured first). Scores are those of the averaged weights: velocity MSE on the last tenth of the pictures (256 of them,
+five times), and the Frechet distance by `ld_eval.RandomFeatures` between 320 samples and the training pictures. Samples take 10
+steps of Heun's method, 20 evaluations: after 10 of Euler's they are too smooth, and a network that leaves some noise in them makes
+up for it and scores better than one that has learned more.
 """
 
 import argparse
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ld_eval  # noqa: E402
 from ld_data import open_images, to_model_range  # noqa: E402
 from ld_utils import to_uint8  # noqa: E402
-from liquid_diffusion import RectifiedFlowTrainer, WeightUpdate  # noqa: E402
+from liquid_diffusion import RectifiedFlowTrainer, WeightUpdate, liquid_diffusion_tiny  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 SETS = {"cats": ("afhq-cat-128", 16), "fashion": ("fashion-mnist", 16), "cats at 32 px": ("afhq-cat-128", 32)}
@@ -162,7 +161,7 @@ def held_out(images):
 
 def trainer_of(run):
     torch.manual_seed(run.seed)
-    model = small_networks(run.size)[run.network]()
+    model = liquid_diffusion_tiny() if run.network == "tiny" else small_networks(run.size)[run.network]()
     kind = Immiscible if run.recipe == "immiscible" else RectifiedFlowTrainer
     options = dict(by_fan_in=True, total_steps=run.steps, warmup_steps=50) | RECIPES[run.recipe]
     trainer = kind(model, run.lr, "cpu", seed=run.seed, **options)
@@ -416,6 +415,7 @@ def short(study):
         yield from tuned(study, "plain", (1e-3, 2e-3, 4e-3, 8e-3), "relaxation spec")
         yield from families(study, ("resblocks",))
         yield from families(study, ("dit-2",))
+        yield from search(study, "tiny", "muon")  # does a rate that was found for nano serve the next preset?
         for network in BLOCKS + STARTS + ABLATED_TOO:
             for seed in SEEDS:
                 yield from ablated(study, seed, (network,))
