@@ -786,13 +786,22 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(kernels, list((rate * orthogonalise(ahead)).view_as(grads)))
 
 
+def measured_rate(model):
+    """16e-3 up to 32 channels in the first stage, and for other models; above in inverse proportion.
+
+    The best of the rates tried for nano and for tiny (benchmarks/quality.py); for wider networks it is a guess.
+    """
+    width = model.config["channels"][0] if isinstance(model, LiquidDiffusion) else 32
+    return 16e-3 * min(1, 32 / width)
+
+
 def optimizers(model, lr=None, by_fan_in=None, muon=None):
     """[AdamW] or [AdamW, Muon] for the model's weights.
 
-    lr=None is the measured recipe: 16e-3, Muon for the 1x1 kernels, AdamW by fan-in for the rest. With a number AdamW takes
+    lr=None is the measured recipe: measured_rate, Muon for the 1x1 kernels, AdamW by fan-in for the rest. With a number AdamW takes
     every weight at that rate, unless by_fan_in=True, or muon, the side of the largest kernels for Muon, is not 0.
     """
-    measured, lr = lr is None, lr or 16e-3
+    measured, lr = lr is None, lr or measured_rate(model)
     kernels = muon_kernels(model, int(measured) if muon is None else muon)
     others = [p for p in model.parameters() if not any(p is kernel for kernel in kernels)]
     groups = parameter_groups(others, lr, measured if by_fan_in is None else by_fan_in)

@@ -8,12 +8,21 @@ A part of the README between `<!-- figures: NAME -->` and `<!-- end -->` is what
 import json
 import re
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 
 import quality
 import torch
 from quality import STUDIES, records, step_share
-from quality_tables import DENSE_VARIANTS, compared, default_variants, difference_table, recipe_variants, rows, scores
+from quality_tables import (
+    DENSE_VARIANTS,
+    compared,
+    default_variants,
+    difference_table,
+    recipe_variants,
+    rows,
+    scores,
+    seeds_of,
+)
 from reliability import markdown
 
 import liquid_diffusion as ld
@@ -151,6 +160,40 @@ def families():
             line = [title, NAMES[network], OPTIMIZERS[recipe], f"{lr:g}", f"{steps} × {len(runs)}", *scores(runs)]
             lines += [line] if runs else []
     return rows(["set", "network", "optimizer", "rate", "steps in equal time × seeds", "MSE", "Frechet"], lines)
+
+
+def best_in_equal_time(known, study, network):
+    """Runs of a network by whichever optimizer and rate gives the lowest mean distance in equal time; [] if there are none."""
+    if network == "plain":
+        wanted = dict(data=study.data, network="relaxation spec", recipe="plain", steps=study.steps)
+        rates = {r["lr"] for r in seeds_of_all(known, **wanted)}
+        found = [seeds_of_all(known, **wanted, lr=lr) for lr in rates]
+    else:
+        found = [runs for *_, runs in compared(known, study, [network], OPTIMIZERS)]
+    found = [[r for r in runs if "frechet" in r] for runs in found]
+    return min((runs for runs in found if len(runs) > 1), key=lambda runs: mean(r["frechet"] for r in runs), default=[])
+
+
+def seeds_of_all(known, **wanted):
+    """The runs that have these values."""
+    return list(seeds_of(known, **wanted).values())
+
+
+def versus():
+    """Ours against each other network in equal time, both at their best: shares of distance and loss."""
+    known, lines = records(), []
+    for name, title in (("larger", "cats, 32 px"), ("fashion", "Fashion-MNIST, 16 px")):
+        study = STUDIES[name][0]
+        ours = best_in_equal_time(known, study, quality.DEFAULT)
+        for other in ("plain", "unet-attention", "unet", "resblocks", quality.DENSE):
+            theirs = best_in_equal_time(known, study, other)
+            if ours and theirs:
+                shares = (mean(r[key] for r in ours) / mean(r[key] for r in theirs) - 1 for key in ("frechet", "mse"))
+                low, high = (sorted(f(r["frechet"] for r in runs) for f in (min, max)) for runs in (ours, theirs))
+                apart = "yes" if low[1] < high[0] or high[1] < low[0] else "no"
+                called = NAMES.get(other, '`recipe="plain"` at its own best rate')
+                lines.append([title, called, *(f"{share:+.0%}" for share in shares), apart])
+    return rows(["set", "ours, in equal time, against", "Frechet", "MSE", "ranges of Frechet apart"], lines)
 
 
 def liquid():
@@ -295,6 +338,7 @@ PARTS = {
     "presets": presets,
     "claims": claims,
     "families": families,
+    "versus": versus,
     "liquid": liquid,
     "training": recipe_differences,
     "few steps": few_steps,

@@ -65,6 +65,17 @@ def test_a_given_rate_is_used_for_every_weight():
     assert {group["lr"] for group in trainer.update.groups()} == {1e-4}
 
 
+def test_the_measured_rate_falls_with_the_width():
+    with torch.device("meta"):
+        rates = {name: ld.measured_rate(liquid_diffusion(name)) for name in ld.PRESETS}
+    assert rates == pytest.approx(dict(nano=16e-3, tiny=8e-3, small=16e-3 / 3, base=4e-3, large=4e-3))
+    assert ld.measured_rate(nn.Conv2d(3, 3, 1)) == 16e-3
+    with torch.device("meta"):
+        adamw, muon = ld.optimizers(LiquidDiffusion(channels=(128,), blocks=(1,)))
+    assert max(g["lr"] for g in adamw.param_groups) == muon.param_groups[0]["lr"] == 4e-3
+    assert ld.measured_rate(LiquidDiffusion(channels=(8, 16), blocks=(1, 1))) == 16e-3
+
+
 def test_the_plain_recipe_is_the_literal_specification_one_keyword_away():
     model = liquid_diffusion("nano", "plain")
     assert {m.form for m in model.modules() if isinstance(m, ld.LiquidRelaxation)} == {"spec"}
