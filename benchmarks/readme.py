@@ -229,10 +229,11 @@ def few_steps():
             f"{models[name]['S']:.3f}",
         ]
         for name in names
+        if name in models
     ]
     low, high = result["chance"]["frechet"]
     how = (
-        f"Reflow on {result['pairs']:,} pairs, {result['steps']:,} steps of {result['batch']}; {result['pictures']} pictures, one seed. "
+        f"Reflow by Muon on {result['pairs']:,} pairs of {result['pair_steps']} Heun steps, {result['steps']:,} training steps of {result['batch']}; {result['pictures']} pictures, one seed. "
         f"As many training pictures drawn at random score {low:.0f} to {high:.0f}. S is how far paths are from straight."
     )
     return f"{how}\n\n{rows(['steps', *models['before']['counts'], 'S'], lines)}"

@@ -25,10 +25,11 @@ from liquid_diffusion import LiquidDiffusion, RectifiedFlowTrainer, liquid_diffu
 STEPS = 40
 
 
-def small_trainer(seed=0, **options):
+def small_trainer(seed=0, network=None, **options):
     torch.set_num_threads(1)  # such small layers gain nothing from two
     torch.manual_seed(seed)
-    return RectifiedFlowTrainer(LiquidDiffusion(channels=(8, 16), blocks=(1, 1)), device="cpu", seed=seed, **options)
+    model = LiquidDiffusion(channels=(8, 16), blocks=(1, 1), **network or {})
+    return RectifiedFlowTrainer(model, device="cpu", seed=seed, **options)
 
 
 def nano_trainer():
