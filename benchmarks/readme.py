@@ -127,7 +127,7 @@ CLAIMS = (
         "At t = 1, α ≈ 0",
         "When t is large, alpha is near 0: the network relies on the cell",
         "No",
-        "It starts at 0.5 (ρ = 0), and ρ hardly moves",
+        "It starts at 0.5 (ρ = 0), and its mean stays there",
     ),
     (
         "At t = 0 the input is preserved",
