@@ -45,14 +45,7 @@ RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-i
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
 DEFAULT, DENSE = "branches start small", "cell on a dense 3x3"  # what users get; and the cell as a whole block
-MATCHED = (
-    "ours",
-    DEFAULT,
-    "resblocks",
-    "small start, resblocks",
-    DENSE,
-    *COMPARED[1:],
-)  # each with Muon at its own rate
+MATCHED = ("ours", DEFAULT, "resblocks", "small start, resblocks", DENSE, *COMPARED[1:])  # each by Muon at its own rate
 PARTS = tuple(f"small start, {part}" for part in ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec"))
 MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider"), "muon")  # for their dense kernels
 MUONS |= dict.fromkeys((*COMPARED[1:], *MATCHED[2:5], f"{DENSE}, gate 1-2"), "muon for 3x3 too")
