@@ -35,6 +35,7 @@ NAMES = {
     "ours": "ours, literal start",
     "unet": "UNet2DModel",
     "unet-attention": "UNet2DModel with attention",
+    "dit-2": "DiT of patch 2, by AdamW",
     "resblocks": "our U-Net of plain residual blocks",
     "small start, resblocks": "the same, started small",
     quality.DENSE: "our U-Net of cells on a dense 3×3 kernel",
@@ -182,10 +183,10 @@ def seeds_of_all(known, **wanted):
 def versus():
     """Ours against each other network in equal time, both at their best: shares of distance and loss."""
     known, lines = records(), []
-    for name, title in (("larger", "cats, 32 px"), ("fashion", "Fashion-MNIST, 16 px")):
+    for name, title in (("larger", "cats, 32 px"), ("cats", "cats, 16 px"), ("fashion", "Fashion-MNIST, 16 px")):
         study = STUDIES[name][0]
         ours = best_in_equal_time(known, study, quality.DEFAULT)
-        for other in ("plain", "unet-attention", "unet", "resblocks", quality.DENSE):
+        for other in ("plain", "unet-attention", "unet", "dit-2", "resblocks", quality.DENSE):
             theirs = best_in_equal_time(known, study, other)
             if ours and theirs:
                 shares = (mean(r[key] for r in ours) / mean(r[key] for r in theirs) - 1 for key in ("frechet", "mse"))
