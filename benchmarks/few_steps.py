@@ -1,6 +1,6 @@
 """How good few Euler steps are before and after one reflow, on the network's own pairs of noise and picture.
 
-    python benchmarks/few_steps.py [--weights FILE] [--pairs 4096] [--steps 2000] [--pictures 128]
+    python benchmarks/few_steps.py [--weights FILE] [--pairs 4096] [--steps 1500] [--pictures 128]
     python benchmarks/few_steps.py --table
 
 Writes benchmarks/results/few_steps.json: straightness, and for each number of steps the distance to the original network's
@@ -113,7 +113,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=4096)
     parser.add_argument("--pair-steps", type=int, default=10, help="steps of a pair's picture")
     parser.add_argument("--pair-solver", default="heun", help="and their method: euler, heun or midpoint")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of a reflow")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of a reflow")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=4e-3, help="Muon's, and AdamW's by fan-in")
     parser.add_argument("--pictures", type=int, default=128, help="made for each figure")

@@ -394,7 +394,7 @@ def random_modulations(model):
 def small_networks(size):
     """Name -> function that builds a network of about 0.9M parameters, for pictures of size x size.
 
-    All of ours start by PyTorch's own rule, as "ours" does, but "branches start small", which is the network as users get it.
+    All of ours start by PyTorch's own rule, as "ours" does, but those named "small"; "branches start small" is the network as users get it.
     """
     start = dict(preset="nano", branch_scale=1.0)
     nano = partial(ld.liquid_diffusion, **start)

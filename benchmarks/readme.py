@@ -12,7 +12,7 @@ from statistics import mean, median, quantiles
 
 import quality
 import torch
-from quality import STUDIES, records, step_share
+from quality import STUDIES, curve, records, step_share
 from quality_tables import (
     DENSE_VARIANTS,
     compared,
@@ -167,17 +167,12 @@ def best_in_equal_time(known, study, network):
     """Runs of a network by whichever optimizer and rate gives the lowest mean distance in equal time; [] if there are none."""
     if network == "plain":
         wanted = dict(data=study.data, network="relaxation spec", recipe="plain", steps=study.steps)
-        rates = {r["lr"] for r in seeds_of_all(known, **wanted)}
-        found = [seeds_of_all(known, **wanted, lr=lr) for lr in rates]
+        rates = curve(known, study, "relaxation spec", "plain")
+        found = [list(seeds_of(known, **wanted, lr=lr).values()) for lr in rates]
     else:
         found = [runs for *_, runs in compared(known, study, [network], OPTIMIZERS)]
     found = [[r for r in runs if "frechet" in r] for runs in found]
     return min((runs for runs in found if len(runs) > 1), key=lambda runs: mean(r["frechet"] for r in runs), default=[])
-
-
-def seeds_of_all(known, **wanted):
-    """The runs that have these values."""
-    return list(seeds_of(known, **wanted).values())
 
 
 def versus():
