@@ -31,8 +31,8 @@ RESULT = ROOT / "benchmarks" / "results" / "few_steps.json"
 EXTRACTOR = RandomFeatures()
 COUNTS = (1, 2, 4, 8, 25, 50)
 KINDS = {  # name -> times and loss of the reflow
-    "plain": (ld_reflow.uniform_times, ld_reflow.squared_error),
     "improved": (ld_reflow.u_shaped_times, ld_reflow.pseudo_huber),
+    "plain": (ld_reflow.uniform_times, ld_reflow.squared_error),
 }
 
 
@@ -144,7 +144,8 @@ def main():
     images = torch.cat([follow(model, part, arguments.pair_steps, solver=arguments.pair_solver)[-1] for part in parts])
     for name in KINDS:
         after = straighten(name, model, images, noise, arguments.steps, arguments.batch, arguments.lr)
-        result["models"][name], _ = measure(name, after, test, target, real)
+        for solver, key in (("euler", name), ("heun", f"{name}, heun")):
+            result["models"][key], _ = measure(key, after, test, target, real, solver)
         result["cpu_seconds"] = round(time.process_time() - start)
         arguments.out.write_text(
             json.dumps(result, indent=1) + "\n"

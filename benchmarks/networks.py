@@ -89,6 +89,13 @@ class UNet(nn.Module):
         return self.net(x, 1000 * t).sample
 
 
+class PixelLinear(nn.Linear):
+    """A linear layer whose weight has the shape of a 1x1 kernel, [A, C, 1, 1], so that our Muon takes it."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class DiT(nn.Module):
     """diffusers' DiTTransformer2DModel of four heads of width `head`, with one class."""
 
@@ -101,6 +108,10 @@ class DiT(nn.Module):
         shape = dict(num_attention_heads=4, attention_head_dim=head, num_layers=layers, patch_size=patch)
         shape["sample_size"] = size
         self.net = DiTTransformer2DModel(**shape, in_channels=3, out_channels=3, num_embeds_ada_norm=1)
+        for block in self.net.transformer_blocks:
+            for layer in [*block.attn1.modules(), *block.ff.modules()]:
+                if isinstance(layer, nn.Linear):
+                    layer.__class__, layer.weight = PixelLinear, nn.Parameter(layer.weight.data[:, :, None, None])
 
     def forward(self, x, t):
         label = torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -431,6 +442,9 @@ def small_networks(size):
         "small start, relaxation off": partial(ld.liquid_diffusion, "nano", relaxation="off"),
         "small start, relaxation spec": partial(ld.liquid_diffusion, "nano", relaxation="spec"),
         "small start, no cell, wider": partial(changed_blocks, without_cell, "nano", channels=(40, 80, 112)),
+        "small start, time embedding of 8": partial(ld.liquid_diffusion, "nano", t_dim=8, channels=(32, 64, 104)),
+        "small start, time embedding of 48": partial(ld.liquid_diffusion, "nano", t_dim=48, channels=(32, 56, 88)),
+        "small start, time embedding of 64": partial(ld.liquid_diffusion, "nano", t_dim=64, channels=(32, 56, 80)),
         "small start, resblocks": partial(replaced, small_resblock, "nano"),
         "cell on a dense 3x3": partial(replaced, DenseCell, "nano"),
         "cell on a dense 3x3, gate 1-2": partial(replaced, partial(DenseCell, gated=False), "nano"),

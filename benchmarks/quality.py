@@ -37,6 +37,7 @@ from liquid_diffusion import RectifiedFlowTrainer, WeightUpdate, liquid_diffusio
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 SETS = {"cats": ("afhq-cat-128", 16), "fashion": ("fashion-mnist", 16), "cats at 32 px": ("afhq-cat-128", 32)}
+SETS["fashion at 32 px"] = ("fashion-mnist", 32)
 BATCH, SEEDS, PICTURES = 32, (0, 1, 2), 5153
 SAMPLING = ("heun", 10)
 COUNTS = (1, 2, 4, 8, 10, 16, 25, 50)  # of sampling steps
@@ -45,9 +46,19 @@ RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-i
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
 DEFAULT, DENSE = "branches start small", "cell on a dense 3x3"  # what users get; and the cell as a whole block
-MATCHED = ("ours", DEFAULT, "resblocks", "small start, resblocks", DENSE, *COMPARED[1:])  # each by Muon at its own rate
-PARTS = tuple(f"small start, {part}" for part in ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec"))
-MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider"), "muon")  # for their dense kernels
+MATCHED = (
+    "ours",
+    DEFAULT,
+    "resblocks",
+    "small start, resblocks",
+    DENSE,
+    *COMPARED[1:],
+    "dit-2",
+)  # each by Muon at its own rate
+CHANGED = ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec")  # in what users get
+CHANGED += tuple(f"time embedding of {width}" for width in (8, 48, 64))  # in place of 24, at equal size
+PARTS = tuple(f"small start, {part}" for part in CHANGED)
+MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider", "dit-2"), "muon")  # for their dense kernels
 MUONS |= dict.fromkeys((*COMPARED[1:], *MATCHED[2:5], f"{DENSE}, gate 1-2"), "muon for 3x3 too")
 ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
@@ -447,12 +458,20 @@ def large(study):
         yield from ablated(study, seed, ("gate 1-2", "no cell"))
 
 
+def large_fashion(study):
+    """What a user would pick, at the size of the larger cats; and the gate once more."""
+    yield from with_muon(study, (DEFAULT, *COMPARED[:0:-1]))
+    for seed in SEEDS:
+        yield from parts(study, seed, changed=PARTS[:1])
+
+
 # name -> the study, and the generator of its runs in order of their worth; what comes later depends on the results before it
 STUDIES = {
     "cats": (Study("cats", 150), short),
     "fashion": (Study("fashion", 150), short),
     "longer": (Study("cats", 600), longer),
     "larger": (Study("cats at 32 px", 300), large),
+    "larger fashion": (Study("fashion at 32 px", 300), large_fashion),
 }
 
 

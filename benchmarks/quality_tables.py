@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from statistics import mean
 
+import long_runs
 import quality
 from quality import (
     STUDIES,
@@ -23,7 +24,6 @@ from quality import (
 )
 
 DOCS, MARKS = Path(__file__).parent.parent / "docs" / "quality.md", ("<!-- tables -->", "<!-- end of tables -->")
-FAMILIES = ("ours", *quality.MATCHED[1:], "dit-2")
 DIGITS = dict(mse=4, frechet=1)  # after the point, of the scores
 VARIANTS = (*quality.ABLATED, *quality.ABLATED_TOO, "no cell, wider", *quality.BLOCKS, *quality.STARTS)
 
@@ -93,7 +93,7 @@ def rates_shown(known, study, network, recipe="adamw"):
     return [first, *(lr for lr in others[:1] if any(len(seeds_of(known, **wanted, lr=lr, steps=n)) > 1 for n in steps))]
 
 
-def compared(known, study, networks=FAMILIES, recipes=("adamw", "muon", "muon for 3x3 too", "slow start")):
+def compared(known, study, networks=quality.MATCHED, recipes=("adamw", "muon", "muon for 3x3 too", "slow start")):
     """(network, recipe, rate, runs in equal steps, steps in equal time, runs in equal time) of what was given a rate of its own."""
     for network in networks:
         for recipe in recipes:
@@ -200,9 +200,23 @@ def solver_table():
     return f"{note}{study['held_out']['frechet']:.3g}.\n\n{table}"
 
 
+def long_table(names=None):
+    """The longer runs: distance after each part that was scored, and the loss at the end; names: what networks are called."""
+    lines, parts = [], [str(n) for n in long_runs.SCORED]
+    for r in long_runs.records():
+        distances = [f"{r['points'][n]['frechet']:.1f}" if n in r["points"] else "" for n in parts]
+        name = (names or {}).get(r["network"], r["network"])
+        lines.append(
+            [name, r["recipe"], f"{r['lr']:g}", f"{r['steps']:,}", *distances, f"{long_runs.last(r)['mse']:.4f}"]
+        )
+    shares = [f"Frechet at {n}/{long_runs.PARTS}" for n in parts[:-1]]
+    return rows(["network", "recipe", "rate", "steps", *shares, "at the end", "MSE"], lines)
+
+
 def tables(known):
     """Everything as Markdown."""
     parts = [("Learning rates", rate_table(known)), ("Sampling steps", solver_table())]
+    parts.append((f"Longer runs: {long_runs.STUDY.data}, in equal time", long_table()))
     for study, _ in STUDIES.values():
         parts += [
             (f"{study}: families", comparison_table(known, study)),
@@ -214,7 +228,7 @@ def tables(known):
                 for recipe in ("adamw", "muon")
             ),
             (
-                f"{study}: the network as users get it, and less of it",
+                f"{study}: the network as users get it, and changed",
                 difference_table(known, study, default_variants(study), "muon", network=quality.DEFAULT),
             ),
             (

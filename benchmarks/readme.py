@@ -217,6 +217,7 @@ def few_steps():
         "plain": "after plain reflow",
     }
     names["improved"] = "after reflow by [arXiv 2405.20320](https://arxiv.org/abs/2405.20320)"
+    names["improved, heun"] = "the same, Heun's steps"
     models = result["models"]
     lines = [
         [
