@@ -442,6 +442,8 @@ def small_networks(size):
         "small start, relaxation off": partial(ld.liquid_diffusion, "nano", relaxation="off"),
         "small start, relaxation spec": partial(ld.liquid_diffusion, "nano", relaxation="spec"),
         "small start, no cell, wider": partial(changed_blocks, without_cell, "nano", channels=(40, 80, 112)),
+        "small start, relaxation only": partial(ld.liquid_diffusion, "nano", relaxation="only"),
+        "small start, output starts at zero": partial(started, zero_output, "nano"),
         "small start, time embedding of 8": partial(ld.liquid_diffusion, "nano", t_dim=8, channels=(32, 64, 104)),
         "small start, time embedding of 48": partial(ld.liquid_diffusion, "nano", t_dim=48, channels=(32, 56, 88)),
         "small start, time embedding of 64": partial(ld.liquid_diffusion, "nano", t_dim=64, channels=(32, 56, 80)),

@@ -55,11 +55,19 @@ MATCHED = (
     *COMPARED[1:],
     "dit-2",
 )  # each by Muon at its own rate
-CHANGED = ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec")  # in what users get
-CHANGED += tuple(f"time embedding of {width}" for width in (8, 48, 64))  # in place of 24, at equal size
+CHANGED = (
+    "gate 1-2",
+    "relaxation off",
+    "no cell, wider",
+    "relaxation spec",
+    "relaxation only",
+    "output starts at zero",
+)
+CHANGED += tuple(f"time embedding of {width}" for width in (8, 48, 64))  # not 24, at equal size
 PARTS = tuple(f"small start, {part}" for part in CHANGED)
 MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider", "dit-2"), "muon")  # for their dense kernels
 MUONS |= dict.fromkeys((*COMPARED[1:], *MATCHED[2:5], f"{DENSE}, gate 1-2"), "muon for 3x3 too")
+TIMED = (*COMPARED, "dit-2", "resblocks", "no cell", "relaxation spec")  # by AdamW, and MUONS by Muon
 ABLATED = ("gate 1-2", "relaxation off", "gate of the time", "no cell")
 ABLATED_TOO = (
     "gate times h",
@@ -494,9 +502,7 @@ def step_times(images, names):
 
 def untimed(size, again=False):
     """Every "network, recipe" that is compared in equal time and has no step times yet, with ours for a yardstick."""
-    names = [f"{network}, adamw" for network in small_networks(size)] + [
-        f"{n}, {recipe}" for n, recipe in MUONS.items()
-    ]
+    names = [f"{network}, adamw" for network in TIMED] + [f"{network}, {recipe}" for network, recipe in MUONS.items()]
     known = {} if again else set().union(*step_seconds(size))
     new = [name for name in names if name not in known]
     return new and list(dict.fromkeys(["ours, adamw", *new]))

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import quality  # noqa: E402
 import quality_tables  # noqa: E402
-from networks import DenseCell, FeatureShift, ld, small_networks  # noqa: E402
+from networks import DenseCell, FeatureShift, PixelLinear, ld, small_networks  # noqa: E402
 from quality import Run, Study  # noqa: E402
 
 CATS = Study("cats", 150)
@@ -332,10 +332,37 @@ def test_parts_are_taken_from_the_network_that_users_get_at_its_own_rate(results
 
 
 def test_starts_are_what_their_names_say():
-    model = small_networks(16)["output starts at zero"]()
-    assert model(torch.randn(2, 3, 16, 16), torch.rand(2)).abs().max() == 0
+    for name in ("output starts at zero", "small start, output starts at zero"):
+        assert small_networks(16)[name]()(torch.randn(2, 3, 16, 16), torch.rand(2)).abs().max() == 0
     model = small_networks(16)["modulations start at random"]()
     assert all(m.linear.weight.abs().max() > 0 for m in model.modules() if isinstance(m, ld.TimeModulation))
+
+
+def test_other_widths_of_the_time_embedding_have_the_same_number_of_weights():
+    ours = small_networks(16)[quality.DEFAULT]()
+    count = sum(p.numel() for p in ours.parameters())
+    assert ours.config["t_dim"] == 24
+    for width in (8, 48, 64):
+        model = small_networks(16)[f"small start, time embedding of {width}"]()
+        assert model.time(torch.rand(2)).shape == (2, width)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=0.015)
+
+
+def test_muon_takes_attention_and_feed_forward_of_a_dit_which_computes_as_before():
+    torch.manual_seed(0)
+    model = small_networks(16)["dit-2"]().eval()
+    taken = ld.muon_kernels(model)
+    matrices = [m for b in model.net.transformer_blocks for m in (b.attn1, b.ff)]
+    assert len(taken) == 24 and {id(p) for p in taken} == {
+        id(p) for m in matrices for p in m.parameters() if p.ndim > 1
+    }
+    x, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    torch.nn.init.normal_(model.net.proj_out_2.weight)
+    with torch.no_grad():
+        answer = model(x, t)
+        for layer in [m for m in model.modules() if isinstance(m, PixelLinear)]:
+            layer.__class__, layer.weight = torch.nn.Linear, torch.nn.Parameter(layer.weight.data[:, :, 0, 0])
+        torch.testing.assert_close(model(x, t), answer)
 
 
 def test_slow_start_warms_up_over_50_steps_in_a_run_of_20():
