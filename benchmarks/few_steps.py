@@ -29,7 +29,7 @@ from liquid_diffusion import WeightUpdate, integrate, model_from, time_grid  # n
 
 RESULT = ROOT / "benchmarks" / "results" / "few_steps.json"
 EXTRACTOR = RandomFeatures()
-COUNTS = (1, 2, 4, 8, 25, 50)
+COUNTS = (1, 2, 4, 8, 16, 25, 50)
 KINDS = {  # name -> times and loss of the reflow
     "improved": (ld_reflow.u_shaped_times, ld_reflow.pseudo_huber),
     "plain": (ld_reflow.uniform_times, ld_reflow.squared_error),

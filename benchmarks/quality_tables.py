@@ -8,7 +8,7 @@ their range.
 
 import json
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import long_runs
 import quality
@@ -200,8 +200,8 @@ def solver_table():
     return f"{note}{study['held_out']['frechet']:.3g}.\n\n{table}"
 
 
-def long_table(names=None):
-    """The longer runs: distance after each part that was scored, and the loss at the end; names: what networks are called."""
+def long_table(names=None, recipes=None):
+    """The longer runs: distance after each part that was scored, and the loss at the end; what networks and recipes are called."""
     lines, parts = [], [str(n) for n in long_runs.SCORED]
     for r in long_runs.records():
         distances = [f"{r['points'][n]['frechet']:.1f}" if n in r["points"] else "" for n in parts]
@@ -211,6 +211,18 @@ def long_table(names=None):
         )
     shares = [f"Frechet at {n}/{long_runs.PARTS}" for n in parts[:-1]]
     return rows(["network", "recipe", "rate", "steps", *shares, "at the end", "MSE"], lines)
+
+
+def long_curves():
+    """The longer runs as {network, recipe, rate: {CPU minutes: distance}}; minutes by the step times of a quiet machine."""
+    step = median(step_seconds(long_runs.STUDY.size)[-1]["ours, adamw"])
+    whole = long_runs.STUDY.steps * step / 60
+    return {
+        f"{r['network']}, {r['recipe']}, {r['lr']:g}": {
+            whole * int(part) / long_runs.PARTS: score["frechet"] for part, score in r["points"].items()
+        }
+        for r in long_runs.records()
+    }
 
 
 def tables(known):

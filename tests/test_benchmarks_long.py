@@ -81,3 +81,8 @@ def test_the_table_has_the_lowest_last_distance_first(tmp_path, monkeypatch):
         "| ours | muon | 0.008 | 2,000 | 40.0 |  |  | 10.0 | 0.1000 |",
         "| U-Net | muon | 0.008 | 2,000 | 30.0 |  |  | 20.0 | 0.2000 |",
     ]
+    curve = quality_tables.long_curves()["ours, muon, 0.008"]
+    first, last = curve
+    assert curve == {first: 40.0, last: 10.0} and last == pytest.approx(8 * first)
+    steps = quality.step_seconds(32)[-1]["ours, adamw"]
+    assert 60 * last == pytest.approx(long_runs.STUDY.steps * sorted(steps)[len(steps) // 2])

@@ -58,11 +58,17 @@ def test_ours_is_set_against_the_best_that_another_network_reached_in_equal_time
     add("unet", "muon for 3x3 too", 1e-3, equal("unet", "muon for 3x3 too"), [12.0, 32.0])
     add("relaxation spec", "plain", 4e-3, study.steps, [44.0, 44.0])
     monkeypatch.setattr(readme, "records", lambda: known)
-    lines = readme.versus().splitlines()[2:]
-    assert lines == [
-        '| cats, 32 px | `recipe="plain"` at its own best rate | -75% | -75% | yes |',
-        "| cats, 32 px | UNet2DModel | -50% | -50% | no |",
-    ]
+    lines = readme.equal_time().splitlines()[2:]
+    steps = [equal(quality.DEFAULT, "muon"), study.steps, equal("unet", "muon for 3x3 too")]
+    names = [readme.NAMES[network] for network in (quality.DEFAULT, "plain", "unet")]
+    hows = ["Muon, 0.001", "AdamW, 0.004", "Muon, 0.001"]
+    means, ranges = (11, 44, 22), ("10.0 to 12.0", "44.0 to 44.0", "12.0 to 32.0")
+    shares = ["", "-75%, apart", "-50%, ranges overlap"]
+    assert len(lines) == 3
+    for line, *cells in zip(lines, names, hows, steps, means, ranges, shares):
+        name, how, n, m, distances, share = cells
+        assert line.startswith(f"| cats, 32 px | {name} | {how} | {n} × 2 | {m / 100:.4f} (")
+        assert line.endswith(f" | {m:.1f} ({distances}) | {share} |")
 
 
 def test_whether_a_goal_was_reached_follows_from_the_figures(monkeypatch):
