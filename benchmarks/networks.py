@@ -259,6 +259,37 @@ class TanhHeads(ld.ParallelCfC):
         return torch.lerp(self.h(z).tanh(), self.g(z).tanh(), self.gate(z, t_emb))
 
 
+class LiquidFusion(nn.Module):
+    """SkipFusion as a CfC: gate g(skip) + (1 - gate) h(x), times two, so that a gate of 1/2 is our fusion; f sees their sum."""
+
+    t_emb = None  # [B, D], set by gated_skips before each forward pass
+
+    def __init__(self, fusion, t_dim):
+        super().__init__()
+        channels = fusion.out_channels
+        self.heads, self.f = fusion, nn.Conv2d(channels, channels, 1)
+        self.time_a, self.time_b = nn.Linear(t_dim, channels), nn.Linear(t_dim, channels)
+
+    def forward(self, x, skip):
+        weight, bias = self.heads.weight.chunk(2, dim=1), self.heads.bias[:, None, None]
+        h, g = F.conv2d(x, weight[0]), F.conv2d(skip, weight[1])
+        return 2 * torch.lerp(h, g, ld.ParallelCfC.gate(self, h + g, self.t_emb)) + bias
+
+
+def gated_skips(preset="tiny", **overrides):
+    """Ours with a liquid gate between each skip and what comes from below."""
+    model = ld.liquid_diffusion(preset, **overrides)
+    model.decoder.fuse = nn.ModuleList(LiquidFusion(fusion, model.config["t_dim"]) for fusion in model.decoder.fuse)
+    model.register_forward_pre_hook(tell_embedding)
+    return model
+
+
+def tell_embedding(model, inputs):
+    """Forward pre-hook: every LiquidFusion of the model learns the embedding of the t that the model is called with."""
+    for fusion in model.decoder.fuse:
+        fusion.t_emb = model.time(inputs[1])
+
+
 def with_cell(cell, preset="tiny", **overrides):
     """Ours, by the formulas, with every ParallelCfC turned into `cell`."""
     model = ld.liquid_diffusion(preset, lean=False, **overrides)
@@ -443,6 +474,7 @@ def small_networks(size):
         "small start, relaxation spec": partial(ld.liquid_diffusion, "nano", relaxation="spec"),
         "small start, no cell, wider": partial(changed_blocks, without_cell, "nano", channels=(40, 80, 112)),
         "small start, relaxation only": partial(ld.liquid_diffusion, "nano", relaxation="only"),
+        "small start, gate on the skips": partial(gated_skips, "nano"),
         "small start, output starts at zero": partial(started, zero_output, "nano"),
         "small start, time embedding of 8": partial(ld.liquid_diffusion, "nano", t_dim=8, channels=(32, 64, 104)),
         "small start, time embedding of 48": partial(ld.liquid_diffusion, "nano", t_dim=48, channels=(32, 56, 88)),

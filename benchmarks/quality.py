@@ -55,15 +55,8 @@ MATCHED = (
     *COMPARED[1:],
     "dit-2",
 )  # each by Muon at its own rate
-CHANGED = (
-    "gate 1-2",
-    "relaxation off",
-    "no cell, wider",
-    "relaxation spec",
-    "relaxation only",
-    "output starts at zero",
-)
-CHANGED += tuple(f"time embedding of {width}" for width in (8, 48, 64))  # not 24, at equal size
+CHANGED = ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec", "relaxation only", "gate on the skips")
+CHANGED += ("output starts at zero", *(f"time embedding of {width}" for width in (8, 64, 48)))  # not 24, at equal size
 PARTS = tuple(f"small start, {part}" for part in CHANGED)
 MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider", "dit-2"), "muon")  # for their dense kernels
 MUONS |= dict.fromkeys((*COMPARED[1:], *MATCHED[2:5], f"{DENSE}, gate 1-2"), "muon for 3x3 too")

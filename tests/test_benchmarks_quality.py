@@ -279,6 +279,23 @@ def test_immiscible_noise_is_the_nearest_of_four():
     assert seen[0] < 0.97 * d.mean()
 
 
+def test_a_gate_on_the_skips_that_is_half_open_is_our_fusion_and_it_sees_time_and_picture():
+    torch.manual_seed(0)
+    model, (x, other, skip) = small_networks(16)["small start, gate on the skips"](), torch.randn(3, 2, 32, 4, 4)
+    fusion, t = model.decoder.fuse[-1], torch.tensor([0.1, 0.9])
+    model(torch.randn(2, 3, 16, 16), t)
+    torch.testing.assert_close(fusion.t_emb, model.time(t))
+    gates = []
+    for z, e in ((x, fusion.t_emb), (other, fusion.t_emb), (x, fusion.t_emb.flip(0))):
+        gates.append(ld.ParallelCfC.gate(fusion, z, e))
+    assert (gates[0] - gates[1]).abs().max() > 1e-3 and (gates[0] - gates[2]).abs().max() > 1e-3
+    for layer in (fusion.time_a, fusion.time_b):
+        torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    torch.testing.assert_close(fusion(x, skip), fusion.heads(x, skip))
+    torch.nn.init.constant_(fusion.time_b.bias, 50)  # shut: nothing of the skip
+    torch.testing.assert_close(fusion(x, skip), fusion(x, 0 * skip))
+
+
 def test_feature_shift_without_its_kernel_is_our_cell():
     torch.manual_seed(0)
     model = small_networks(16)["shift of picture and time"]()
