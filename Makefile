@@ -1,5 +1,5 @@
 # make train    trains in a fresh environment: SOURCE=folder|zip|Hub id  PRESET=tiny  SIZE=64  MINUTES=30  BATCH=128  SEED=0
-#               RECIPE=plain
+#               RECIPE=dense|plain
 # make test     everything CI checks, with today's newest packages
 # make test-colab   the same unit tests and notebook smoke with Colab's versions
 # make browser  two notebooks in JupyterLab, driven by headless Chromium; screenshots in .venv/browser

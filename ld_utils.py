@@ -175,7 +175,7 @@ class Settings:
     steps: int = 50  # Euler steps of the final grid
     run_dir: Path = Path("runs")
     plan: str = ""  # growing resolution, "64:0.6,128:0.4": side in pixels and share of the budget, stage by stage
-    recipe: str = "measured"  # of network and trainer: what won in comparisons, or "plain", the literal formulas
+    recipe: str = "measured"  # of network and trainer: "measured", "dense" or "plain"; see liquid_diffusion
     resume: str = "auto"  # "auto" goes on with the run in run_dir, "never" sets it aside and starts anew
     backup: str = ""  # a folder, say on a mounted drive, that gets a copy of every checkpoint
     save_every: float = 60.0  # seconds between checkpoints

@@ -21,7 +21,7 @@ def settings_panel(settings):
         "batch_size": widgets.IntText(description="batch size"),
         "seed": widgets.IntText(description="seed"),
         "plan": widgets.Text(description="plan"),
-        "recipe": widgets.Dropdown(description="recipe", options=["measured", "plain"]),
+        "recipe": widgets.Dropdown(description="recipe", options=["measured", "dense", "plain"]),
         "resume": widgets.Dropdown(description="resume", options=["auto", "never"]),
         "backup": widgets.Text(description="backup"),
     }

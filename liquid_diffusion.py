@@ -86,17 +86,18 @@ class ParallelCfC(nn.Module):
     """Closed-form continuous-depth cell on every pixel at once (arXiv 2106.13898, eq. 10): x [B, C, H, W], t_emb [B, D] -> x's shape.
 
     gated=False gives h + gate * g (ncps' "no_gate"). reference=True is the published cell: 1x1 kernels and tanh heads.
+    dense=True sees its surroundings through one dense 3x3 kernel in place of the depthwise ones: see DenseLiquidBlock.
     """
 
-    def __init__(self, channels, t_dim, gated=True, reference=False):
+    def __init__(self, channels, t_dim, gated=True, reference=False, dense=False):
         super().__init__()
-        hidden = channels // 2
+        hidden = GROUPS * round(0.9 * channels / GROUPS) if dense else channels // 2
         self.gated = gated
-        self.spatial = nn.Identity() if reference else depthwise(channels, 7)
-        self.backbone = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU())
+        self.spatial = nn.SiLU() if dense else nn.Identity() if reference else depthwise(channels, 7)
+        self.backbone = nn.Sequential(nn.Conv2d(channels, hidden, 3 if dense else 1, padding=int(dense)), nn.SiLU())
         self.f = nn.Conv2d(hidden, channels, 1)
         for name in ("g", "h"):  # "from" and "to" state
-            before = [] if reference else [depthwise(hidden, 3), nn.SiLU()]
+            before = [] if reference or dense else [depthwise(hidden, 3), nn.SiLU()]
             after = [nn.Tanh()] if reference else []
             setattr(self, name, nn.Sequential(*before, nn.Conv2d(hidden, channels, 1), *after))
         self.time_a = nn.Linear(t_dim, channels)
@@ -107,7 +108,7 @@ class ParallelCfC(nn.Module):
         return torch.sigmoid(a * self.f(z) - b)  # [B, C, H, W]
 
     def forward(self, x, t_emb):
-        z = self.backbone(self.spatial(x))  # [B, C/2, H, W]
+        z = self.backbone(self.spatial(x))  # [B, hidden, H, W]
         gate, g, h = self.gate(z, t_emb), self.g(z), self.h(z)  # [B, C, H, W]
         return torch.lerp(h, g, gate) if self.gated else h + gate * g
 
@@ -174,11 +175,31 @@ class MultiScaleSpatialMix(nn.Module):
         return self.project(F.silu(self.modulation(mixed, t_emb)))
 
 
-class LiquidDiffusionBlock(nn.Module):
+class CheckpointedBlock(nn.Module):
+    """A block by its `formulas`, which are computed twice to save memory where `checkpointing` is on."""
+
+    checkpointing = False  # see set_gradient_checkpointing
+
+    def forward(self, x, t, t_emb):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.formulas, x, t, t_emb, use_reentrant=False)
+        return self.formulas(x, t, t_emb)
+
+
+def start_small(branch_scale, *convolutions):
+    """Make the convolutions' weights and biases branch_scale of what they are (after arXiv 1901.09321, sec. 3)."""
+    for convolution in convolutions:
+        for parameter in convolution.parameters():
+            parameter.data.mul_(branch_scale)
+
+
+class LiquidDiffusionBlock(CheckpointedBlock):
     """x [B, C, H, W], t [B], t_emb [B, D] -> [B, C, H, W]: liquid cell, spatial mix and feed-forward, each added to x.
 
-    branch_scale: of the last kernels of the three at the start, as a share of PyTorch's default (after arXiv 1901.09321, sec. 3).
+    branch_scale: of the last kernels of the three at the start, as a share of PyTorch's default.
     """
+
+    lean = False  # see set_lean
 
     def __init__(self, channels, t_dim, relaxation="delta", expansion=2.5, branch_scale=0.1):
         super().__init__()
@@ -189,17 +210,10 @@ class LiquidDiffusionBlock(nn.Module):
         self.mix = MultiScaleSpatialMix(channels, t_dim)
         self.norm_ff = AdaLN(channels, t_dim)
         self.ff = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, channels, 1))
-        for last in (self.cfc.g[-1], self.cfc.h[-1], self.mix.project, self.ff[-1]):
-            for parameter in last.parameters():
-                parameter.data.mul_(branch_scale)
-        self.lean = self.checkpointing = False  # see set_lean and set_gradient_checkpointing
+        start_small(branch_scale, self.cfc.g[-1], self.cfc.h[-1], self.mix.project, self.ff[-1])
 
     def forward(self, x, t, t_emb):
-        if self.lean:
-            return lean_block(self, x, t, t_emb)
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.formulas, x, t, t_emb, use_reentrant=False)
-        return self.formulas(x, t, t_emb)
+        return lean_block(self, x, t, t_emb) if self.lean else super().forward(x, t, t_emb)
 
     def formulas(self, x, t, t_emb):
         normed = self.norm_cfc(x, t_emb)
@@ -443,6 +457,22 @@ def set_lean(model, on=True):
             module.lean = on
 
 
+class DenseLiquidBlock(CheckpointedBlock):
+    """x + ParallelCfC(AdaLN(x)), the cell with a dense 3x3 kernel as a whole block; shapes as in LiquidDiffusionBlock.
+
+    branch_scale: of the kernels of g and h at the start, as a share of PyTorch's default.
+    """
+
+    def __init__(self, channels, t_dim, branch_scale=0.1):
+        super().__init__()
+        self.norm_cfc = AdaLN(channels, t_dim)
+        self.cfc = ParallelCfC(channels, t_dim, dense=True)
+        start_small(branch_scale, self.cfc.g[-1], self.cfc.h[-1])
+
+    def formulas(self, x, t, t_emb):
+        return x + self.cfc(self.norm_cfc(x, t_emb), t_emb)
+
+
 class DownSample(nn.Conv2d):
     """[B, C_in, H, W] -> [B, C_out, H/2, W/2] by a 3x3 convolution of stride 2."""
 
@@ -500,10 +530,11 @@ def check_architecture(channels, blocks, t_dim, in_channels):
 
 
 class Stage(nn.ModuleList):
-    """Blocks in a row, x [B, C, H, W] -> [B, C, H, W]."""
+    """Blocks in a row, x [B, C, H, W] -> [B, C, H, W]; dense ones or those of the formulas."""
 
-    def __init__(self, channels, count, t_dim, **options):
-        super().__init__(LiquidDiffusionBlock(channels, t_dim, **options) for _ in range(count))
+    def __init__(self, channels, count, t_dim, dense=False, **options):
+        block = DenseLiquidBlock if dense else LiquidDiffusionBlock
+        super().__init__(block(channels, t_dim, **options) for _ in range(count))
 
     def forward(self, x, t, t_emb):
         for block in self:
@@ -545,7 +576,7 @@ class Decoder(nn.Module):
 def set_gradient_checkpointing(model, on=True):
     """Keep less of each block and compute the rest again on the way back: the input of each lean function, or of each block."""
     for module in model.modules():
-        if isinstance(module, LiquidDiffusionBlock):
+        if isinstance(module, CheckpointedBlock):
             module.checkpointing = on
 
 
@@ -555,7 +586,8 @@ class LiquidDiffusion(
 ):  # fmt: skip
     """Attention-free U-Net of liquid blocks: x [B, in_channels, H, W], t [B] in [0, 1] -> velocity, the shape of x.
 
-    channels, blocks: per stage. t_dim: width of the time embedding (channels[0] if None). options: relaxation, expansion, branch_scale.
+    channels, blocks: per stage. t_dim: width of the time embedding (channels[0] if None). options: dense=True for DenseLiquidBlock
+    in place of LiquidDiffusionBlock, and the arguments of the one that is chosen: relaxation, expansion, branch_scale.
     H and W must be multiples of 2 ** (stages - 1), else ValueError. LiquidDiffusion(**model.config) builds it again.
     save_pretrained(folder) and push_to_hub("owner/name") write config.json and model.safetensors, from_pretrained reads them.
     """
@@ -601,7 +633,11 @@ PRESETS = {
 }
 
 
-RECIPES = ("measured", "plain")  # what won in comparisons, and the literal formulas; see RectifiedFlowTrainer
+RECIPES = {  # name -> options of the network; see RectifiedFlowTrainer too
+    "measured": {},  # the formulas, as they did best
+    "dense": dict(dense=True),  # the simpler block
+    "plain": dict(relaxation="spec", branch_scale=1.0),  # the literal formulas
+}
 
 
 def check_recipe(recipe):
@@ -613,13 +649,13 @@ def check_recipe(recipe):
 def liquid_diffusion(preset, recipe="measured", **overrides):
     """A LiquidDiffusion by preset name; any argument of LiquidDiffusion may be overridden. ValueError for an unknown name.
 
-    recipe="plain" joins input and cell by the literal formula, relaxation="spec", and starts every kernel as PyTorch does.
+    recipe="plain" joins input and cell by the literal formula, relaxation="spec", and starts every kernel as PyTorch does; "dense"
+    has DenseLiquidBlock for its blocks.
     """
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
     check_recipe(recipe)
-    plain = dict(relaxation="spec", branch_scale=1.0) if recipe == "plain" else {}
-    return LiquidDiffusion(**{**PRESETS[preset], **plain, **overrides})
+    return LiquidDiffusion(**{**PRESETS[preset], **RECIPES[recipe], **overrides})
 
 
 def liquid_diffusion_nano(**overrides):
@@ -786,23 +822,29 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(kernels, list((rate * orthogonalise(ahead)).view_as(grads)))
 
 
-def measured_rate(model):
-    """16e-3 up to 32 channels in the first stage, and for other models; above in inverse proportion.
+def is_dense(model):
+    """True for a LiquidDiffusion of dense blocks."""
+    return isinstance(model, LiquidDiffusion) and model.config.get("dense", False)
 
-    The best of the rates tried for nano and for tiny (benchmarks/quality.py); for wider networks it is a guess.
+
+def measured_rate(model):
+    """16e-3 up to 32 channels in the first stage, and for other models; above in inverse proportion; half of it for dense blocks.
+
+    The best of the rates tried for nano, for tiny and for dense nano (benchmarks/quality.py); for others it is a guess.
     """
     width = model.config["channels"][0] if isinstance(model, LiquidDiffusion) else 32
-    return 16e-3 * min(1, 32 / width)
+    return (8e-3 if is_dense(model) else 16e-3) * min(1, 32 / width)
 
 
 def optimizers(model, lr=None, by_fan_in=None, muon=None):
     """[AdamW] or [AdamW, Muon] for the model's weights.
 
-    lr=None is the measured recipe: measured_rate, Muon for the 1x1 kernels, AdamW by fan-in for the rest. With a number AdamW takes
-    every weight at that rate, unless by_fan_in=True, or muon, the side of the largest kernels for Muon, is not 0.
+    lr=None is the measured recipe: measured_rate, Muon for the 1x1 kernels (of dense blocks the 3x3 ones too), AdamW by fan-in for the
+    rest. With a number AdamW takes every weight at that rate, unless by_fan_in=True, or muon, the side of the largest kernels for
+    Muon, is not 0.
     """
     measured, lr = lr is None, lr or measured_rate(model)
-    kernels = muon_kernels(model, int(measured) if muon is None else muon)
+    kernels = muon_kernels(model, measured * (3 if is_dense(model) else 1) if muon is None else muon)
     others = [p for p in model.parameters() if not any(p is kernel for kernel in kernels)]
     groups = parameter_groups(others, lr, measured if by_fan_in is None else by_fan_in)
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -1151,7 +1193,8 @@ class RectifiedFlowTrainer(FitsMachine, RectifiedFlow):
 
     lr, total_steps and the other `options`: see optimizers and WeightUpdate. Without total_steps the caller may set `progress` (0 to 1), or
     the rate stays. micro_batch: pictures on the device at once; larger batches accumulate their gradients.
-    recipe="plain": lr=1e-4 for every weight and uniform times, unless they are given; ValueError for an unknown name.
+    recipe="plain": lr=1e-4 for every weight and uniform times, unless they are given; the others train by the measured recipe, each
+    at its network's own rate; ValueError for an unknown name.
     """
 
     state_dict, load_state_dict, self_test = trainer_state, load_trainer_state, self_test

@@ -133,37 +133,6 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(hidden, t_emb)))
 
 
-class DenseCell(nn.Module):
-    """The cell as the whole block, x [B, C, H, W], t, t_emb -> x's shape: one dense 3x3 kernel for context, heads of 1x1 kernels.
-
-    gated=False takes the mean of the two heads. The heads start at a tenth, as the branches of our block do.
-    """
-
-    def __init__(self, channels, t_dim, gated=True):
-        super().__init__()
-        hidden = ld.GROUPS * round(0.9 * channels / ld.GROUPS)  # so that it has our block's number of weights
-        self.norm, self.context, self.gated = (
-            ld.AdaLN(channels, t_dim),
-            nn.Conv2d(channels, hidden, 3, padding=1),
-            gated,
-        )
-        self.f, self.g, self.h = (nn.Conv2d(hidden, channels, 1) for _ in range(3))
-        self.time_a, self.time_b = nn.Linear(t_dim, channels), nn.Linear(t_dim, channels)
-        shrink(self.g, self.h)
-
-    def forward(self, x, t, t_emb):
-        z = F.silu(self.context(F.silu(self.norm(x, t_emb))))
-        gate = ld.ParallelCfC.gate(self, z, t_emb) if self.gated else z.new_full((), 0.5)
-        return x + torch.lerp(self.h(z), self.g(z), gate)
-
-
-def shrink(*convolutions, scale=0.1):
-    """Make weights and biases a tenth of what they are."""
-    for convolution in convolutions:
-        for parameter in convolution.parameters():
-            parameter.data.mul_(scale)
-
-
 def replaced(block_of, preset="tiny", **overrides):
     """Our encoder and decoder with block_of(channels, t_dim) in place of every liquid block."""
     model = ld.liquid_diffusion(preset, **overrides)
@@ -176,7 +145,7 @@ def replaced(block_of, preset="tiny", **overrides):
 def small_resblock(channels, t_dim):
     """A ResBlock whose last kernel starts at a tenth."""
     block = ResBlock(channels, t_dim)
-    shrink(block.conv2)
+    ld.start_small(0.1, block.conv2)
     return block
 
 
@@ -480,8 +449,8 @@ def small_networks(size):
         "small start, time embedding of 48": partial(ld.liquid_diffusion, "nano", t_dim=48, channels=(32, 56, 88)),
         "small start, time embedding of 64": partial(ld.liquid_diffusion, "nano", t_dim=64, channels=(32, 56, 80)),
         "small start, resblocks": partial(replaced, small_resblock, "nano"),
-        "cell on a dense 3x3": partial(replaced, DenseCell, "nano"),
-        "cell on a dense 3x3, gate 1-2": partial(replaced, partial(DenseCell, gated=False), "nano"),
+        "cell on a dense 3x3": partial(ld.liquid_diffusion, "nano", "dense"),
+        "cell on a dense 3x3, gate 1-2": partial(with_cell, HalfGate, "nano", recipe="dense"),
         "output starts at zero": partial(started, zero_output, **start),
         "modulations start at random": partial(started, random_modulations, **start),
     }

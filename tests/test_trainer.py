@@ -93,7 +93,7 @@ def test_the_plain_recipe_is_the_literal_specification_one_keyword_away():
     )
     assert (given.update.peak_lrs, given.time_distribution) == ([3e-4], "logit-normal")
     for build in (lambda: liquid_diffusion("nano", "tasty"), lambda: RectifiedFlowTrainer(model, recipe="tasty")):
-        with pytest.raises(ValueError, match="no recipe 'tasty'; choose one of measured, plain"):
+        with pytest.raises(ValueError, match="no recipe 'tasty'; choose one of measured, dense, plain"):
             build()
 
 
