@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ld_eval  # noqa: E402
 
 RESULTS = quality.RESULTS / "long"
+HELD_OUT = quality.RESULTS / "held-out-32.json"  # what real pictures would score
 STUDY, SHORT = Study("cats at 32 px", 2000), quality.STUDIES["larger"][0]
 PARTS, SCORED = 8, (1, 2, 4, 8)  # of each run, and after which of them it is scored
 RECIPES = {network: MUONS[network] for network in (DEFAULT, DENSE, "resblocks", "unet", "unet-attention")}
@@ -95,7 +96,9 @@ def main():
     torch.set_num_threads(1)
     arguments.keep.mkdir(parents=True, exist_ok=True)
     images = quality.pictures(arguments.root, STUDY.data)
-    real = ld_eval.features(quality.held_out(images)[0])
+    training, validation = quality.held_out(images)
+    real = ld_eval.features(training)
+    write(HELD_OUT, ld_eval.compare(real, ld_eval.features(validation[:320])))
     for run in runs(arguments.network or tuple(RECIPES), arguments.seed):
         go(run, images, real, arguments.keep)
 

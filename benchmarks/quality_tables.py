@@ -207,10 +207,20 @@ def long_table(names=None, recipes=None):
         distances = [f"{r['points'][n]['frechet']:.1f}" if n in r["points"] else "" for n in parts]
         name = (names or {}).get(r["network"], r["network"])
         lines.append(
-            [name, r["recipe"], f"{r['lr']:g}", f"{r['steps']:,}", *distances, f"{long_runs.last(r)['mse']:.4f}"]
+            [
+                name,
+                r["recipe"],
+                f"{r['lr']:g}",
+                f"{r['steps']:,}",
+                str(r["seed"]),
+                *distances,
+                f"{long_runs.last(r)['mse']:.4f}",
+            ]
         )
     shares = [f"Frechet at {n}/{long_runs.PARTS}" for n in parts[:-1]]
-    return rows(["network", "recipe", "rate", "steps", *shares, "at the end", "MSE"], lines)
+    table = rows(["network", "recipe", "rate", "steps", "seed", *shares, "at the end", "MSE"], lines)
+    held_out = json.loads(long_runs.HELD_OUT.read_text())
+    return f"{table}\n\nAs many held-out pictures score {held_out['frechet']:.1f}." if lines else ""
 
 
 def long_curves():
@@ -218,7 +228,7 @@ def long_curves():
     step = median(step_seconds(long_runs.STUDY.size)[-1]["ours, adamw"])
     whole = long_runs.STUDY.steps * step / 60
     return {
-        f"{r['network']}, {r['recipe']}, {r['lr']:g}": {
+        f"{r['network']}, {r['recipe']}, {r['lr']:g}, seed {r['seed']}": {
             whole * int(part) / long_runs.PARTS: score["frechet"] for part, score in r["points"].items()
         }
         for r in long_runs.records()

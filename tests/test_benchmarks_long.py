@@ -72,16 +72,19 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(small):
 
 def test_the_table_has_the_lowest_last_distance_first(tmp_path, monkeypatch):
     monkeypatch.setattr(long_runs, "RESULTS", tmp_path)
+    monkeypatch.setattr(long_runs, "HELD_OUT", tmp_path / "held-out" / "32.json")
+    quality.write(long_runs.HELD_OUT, dict(frechet=4.2))
     for network, distances in (("unet", {"1": 30.0, "8": 20.0}), ("ours", {"1": 40.0, "8": 10.0}), ("new", {})):
         points = {n: dict(frechet=d, mse=d / 100) for n, d in distances.items()}
-        run = dict(network=network, recipe="muon", lr=8e-3, steps=2000, points=points)
+        run = dict(network=network, recipe="muon", lr=8e-3, steps=2000, seed=0, points=points)
         quality.write(tmp_path / f"{network}.json", run)
     lines = quality_tables.long_table({"unet": "U-Net"}).splitlines()
-    assert lines[2:] == [
-        "| ours | muon | 0.008 | 2,000 | 40.0 |  |  | 10.0 | 0.1000 |",
-        "| U-Net | muon | 0.008 | 2,000 | 30.0 |  |  | 20.0 | 0.2000 |",
+    assert lines[2:4] == [
+        "| ours | muon | 0.008 | 2,000 | 0 | 40.0 |  |  | 10.0 | 0.1000 |",
+        "| U-Net | muon | 0.008 | 2,000 | 0 | 30.0 |  |  | 20.0 | 0.2000 |",
     ]
-    curve = quality_tables.long_curves()["ours, muon, 0.008"]
+    assert lines[5:] == ["As many held-out pictures score 4.2."]
+    curve = quality_tables.long_curves()["ours, muon, 0.008, seed 0"]
     first, last = curve
     assert curve == {first: 40.0, last: 10.0} and last == pytest.approx(8 * first)
     steps = quality.step_seconds(32)[-1]["ours, adamw"]
