@@ -55,9 +55,10 @@ MATCHED = (
     *COMPARED[1:],
     "dit-2",
 )  # each by Muon at its own rate
-CHANGED = ("gate 1-2", "relaxation off", "no cell, wider", "relaxation spec", "relaxation only", "gate on the skips")
-CHANGED += ("output starts at zero", *(f"time embedding of {width}" for width in (8, 64, 48)))  # not 24, at equal size
-PARTS = tuple(f"small start, {part}" for part in CHANGED)
+LIQUID = ("gate 1-2", "relaxation off", "relaxation spec", "relaxation only", "no cell, wider", "gate on the skips")
+OTHER = ("output starts at zero", *(f"time embedding of {width}" for width in (8, 64, 48)))  # not 24, at equal size
+LIQUID, OTHER = (tuple(f"small start, {part}" for part in names) for names in (LIQUID, OTHER))
+PARTS = LIQUID + OTHER  # what is changed in the network that users get
 MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider", "dit-2"), "muon")  # for their dense kernels
 MUONS |= dict.fromkeys((*COMPARED[1:], *MATCHED[2:5], f"{DENSE}, gate 1-2"), "muon for 3x3 too")
 TIMED = (*COMPARED, "dit-2", "resblocks", "no cell", "relaxation spec")  # by AdamW, and MUONS by Muon

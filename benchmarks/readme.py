@@ -201,7 +201,7 @@ def longer():
 def liquid():
     """What becomes of the network that users get, and of the cell as a block of its own, without what is liquid in them."""
     known, study = records(), STUDIES["larger"][0]
-    shown = [v for v in default_variants(study) if v[1].get("network") in quality.PARTS]
+    shown = [v for v in default_variants(study) if v[1].get("network") in quality.LIQUID]
     whole = difference_table(known, study, shown, "muon", least=2, network=quality.DEFAULT)
     return whole + "\n\n" + difference_table(known, study, DENSE_VARIANTS, "muon for 3x3 too", network=quality.DENSE)
 
@@ -209,7 +209,7 @@ def liquid():
 def recipe_differences():
     """What becomes of ours in the larger runs when it is trained otherwise: the default, and what it was before Muon."""
     known, study = records(), STUDIES["larger"][0]
-    shown = [v for v in default_variants(study) if v[1].get("network") not in quality.PARTS]
+    shown = [v for v in default_variants(study) if v[1].get("network") not in quality.LIQUID]
     default = difference_table(known, study, shown, "muon", least=2, network=quality.DEFAULT)
     return default + "\n\n" + difference_table(known, study, recipe_variants(known, study), least=2)
 
