@@ -39,7 +39,7 @@ NAMES = {
     "unet-attention": "UNet2DModel with attention",
     "dit-2": "DiT of patch 2",
     "resblocks": "our U-Net of plain residual blocks",
-    quality.DENSE: "our U-Net of cells on a dense 3×3 kernel",
+    quality.DENSE: '**ours, `recipe="dense"`**',
 }
 OPTIMIZERS = {"adamw": "AdamW", "plain": "AdamW", "muon": "Muon", "muon for 3x3 too": "Muon"}
 SHOWN = {
@@ -86,10 +86,10 @@ def samples():
     )
 
 
-def parameters(preset):
+def parameters(preset, recipe="measured"):
     """Number of weights of a preset, counted without memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in ld.liquid_diffusion(preset).parameters())
+        return sum(p.numel() for p in ld.liquid_diffusion(preset, recipe).parameters())
 
 
 def presets():
@@ -97,8 +97,9 @@ def presets():
     lines = []
     for name, options in ld.PRESETS.items():
         sizes = (", ".join(map(str, options[key])) for key in ("channels", "blocks"))
-        lines.append([name, *sizes, f"{parameters(name):,}", USES[name]])
-    return rows(["preset", "channels", "blocks", "parameters", "meant for"], lines)
+        counts = (f"{parameters(name, recipe):,}" for recipe in ("measured", "dense"))
+        lines.append([name, *sizes, *counts, USES[name]])
+    return rows(["preset", "channels", "blocks", "parameters", '`recipe="dense"`', "meant for"], lines)
 
 
 # ---- what is true of it ---------------------------------------------------------------------------------------------
