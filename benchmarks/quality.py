@@ -46,15 +46,8 @@ RATES = {"dit-2": (1e-3, 2e-3, 4e-3, 8e-3)}  # where the search begins; by fan-i
 RATES_ELSE = (4e-3, 8e-3, 16e-3, 32e-3)
 COMPARED = ("ours", "unet", "unet-attention")
 DEFAULT, DENSE = "branches start small", "cell on a dense 3x3"  # what users get; and the cell as a whole block
-MATCHED = (
-    "ours",
-    DEFAULT,
-    "resblocks",
-    "small start, resblocks",
-    DENSE,
-    *COMPARED[1:],
-    "dit-2",
-)  # each by Muon at its own rate
+# each by Muon at its own rate
+MATCHED = ("ours", DEFAULT, "resblocks", "small start, resblocks", DENSE, *COMPARED[1:], "dit-2")
 LIQUID = ("gate 1-2", "relaxation off", "relaxation spec", "relaxation only", "no cell, wider", "gate on the skips")
 OTHER = ("output starts at zero", *(f"time embedding of {width}" for width in (8, 64, 48)))  # not 24, at equal size
 LIQUID, OTHER = (tuple(f"small start, {part}" for part in names) for names in (LIQUID, OTHER))
