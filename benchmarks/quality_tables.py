@@ -205,18 +205,9 @@ def long_table(names=None, recipes=None):
     lines, parts = [], [str(n) for n in long_runs.SCORED]
     for r in long_runs.records():
         distances = [f"{r['points'][n]['frechet']:.1f}" if n in r["points"] else "" for n in parts]
-        name = (names or {}).get(r["network"], r["network"])
-        lines.append(
-            [
-                name,
-                r["recipe"],
-                f"{r['lr']:g}",
-                f"{r['steps']:,}",
-                str(r["seed"]),
-                *distances,
-                f"{long_runs.last(r)['mse']:.4f}",
-            ]
-        )
+        called = [(new or {}).get(r[key], r[key]) for key, new in (("network", names), ("recipe", recipes))]
+        scores = [*distances, f"{long_runs.last(r)['mse']:.4f}"]
+        lines.append([*called, f"{r['lr']:g}", f"{r['steps']:,}", str(r["seed"]), *scores])
     shares = [f"Frechet at {n}/{long_runs.PARTS}" for n in parts[:-1]]
     table = rows(["network", "recipe", "rate", "steps", "seed", *shares, "at the end", "MSE"], lines)
     held_out = json.loads(long_runs.HELD_OUT.read_text())

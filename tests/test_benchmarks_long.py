@@ -78,10 +78,10 @@ def test_the_table_has_the_lowest_last_distance_first(tmp_path, monkeypatch):
         points = {n: dict(frechet=d, mse=d / 100) for n, d in distances.items()}
         run = dict(network=network, recipe="muon", lr=8e-3, steps=2000, seed=0, points=points)
         quality.write(tmp_path / f"{network}.json", run)
-    lines = quality_tables.long_table({"unet": "U-Net"}).splitlines()
+    lines = quality_tables.long_table({"unet": "U-Net"}, {"muon": "Muon"}).splitlines()
     assert lines[2:4] == [
-        "| ours | muon | 0.008 | 2,000 | 0 | 40.0 |  |  | 10.0 | 0.1000 |",
-        "| U-Net | muon | 0.008 | 2,000 | 0 | 30.0 |  |  | 20.0 | 0.2000 |",
+        "| ours | Muon | 0.008 | 2,000 | 0 | 40.0 |  |  | 10.0 | 0.1000 |",
+        "| U-Net | Muon | 0.008 | 2,000 | 0 | 30.0 |  |  | 20.0 | 0.2000 |",
     ]
     assert lines[5:] == ["As many held-out pictures score 4.2."]
     curve = quality_tables.long_curves()["ours, muon, 0.008, seed 0"]
