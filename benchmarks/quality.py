@@ -36,8 +36,12 @@ from ld_utils import to_uint8  # noqa: E402
 from liquid_diffusion import RectifiedFlowTrainer, WeightUpdate, liquid_diffusion_tiny  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-SETS = {"cats": ("afhq-cat-128", 16), "fashion": ("fashion-mnist", 16), "cats at 32 px": ("afhq-cat-128", 32)}
-SETS["fashion at 32 px"] = ("fashion-mnist", 32)
+SETS = {  # name -> folder, side in pixels
+    "cats": ("afhq-cat-128", 16),
+    "fashion": ("fashion-mnist", 16),
+    "cats at 32 px": ("afhq-cat-128", 32),
+    "fashion at 32 px": ("fashion-mnist", 32),
+}
 BATCH, SEEDS, PICTURES = 32, (0, 1, 2), 5153
 SAMPLING = ("heun", 10)
 COUNTS = (1, 2, 4, 8, 10, 16, 25, 50)  # of sampling steps
