@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--pair-solver", default="heun", help="and their method: euler, heun or midpoint")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of a reflow")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=4e-3, help="Muon's, and AdamW's by fan-in")
+    parser.add_argument("--lr", type=float, default=8e-3, help="Muon's, and AdamW's by fan-in")
     parser.add_argument("--pictures", type=int, default=128, help="made for each figure")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--table", action="store_true", help="print the table of the run in --out")
