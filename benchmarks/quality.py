@@ -52,10 +52,10 @@ COMPARED = ("ours", "unet", "unet-attention")
 DEFAULT, DENSE = "branches start small", "cell on a dense 3x3"  # what users get; and the cell as a whole block
 # each by Muon at its own rate
 MATCHED = ("ours", DEFAULT, "resblocks", "small start, resblocks", DENSE, *COMPARED[1:], "dit-2")
+# what is changed in the network that users get: its liquid parts; and the rest, widths of the time embedding at equal size, not 24
 LIQUID = ("gate 1-2", "relaxation off", "relaxation spec", "relaxation only", "no cell, wider", "gate on the skips")
-OTHER = ("output starts at zero", *(f"time embedding of {width}" for width in (8, 64, 48)))  # not 24, at equal size
-LIQUID, OTHER = (tuple(f"small start, {part}" for part in names) for names in (LIQUID, OTHER))
-PARTS = LIQUID + OTHER  # what is changed in the network that users get
+LIQUID = tuple(f"small start, {part}" for part in LIQUID)
+PARTS = (*LIQUID, "small start, output starts at zero", *(f"small start, time embedding of {n}" for n in (8, 64, 48)))
 MUONS = dict.fromkeys(("ours", DEFAULT, "no cell", "no cell, wider", "dit-2"), "muon")  # for their dense kernels
 MUONS |= dict.fromkeys((*COMPARED[1:], *MATCHED[2:5], f"{DENSE}, gate 1-2"), "muon for 3x3 too")
 TIMED = (*COMPARED, "dit-2", "resblocks", "no cell", "relaxation spec")  # by AdamW, and MUONS by Muon

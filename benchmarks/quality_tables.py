@@ -215,7 +215,7 @@ def long_table(names=None, recipes=None):
 
 
 def long_curves():
-    """The longer runs as {network, recipe, rate: {CPU minutes: distance}}; minutes by the step times of a quiet machine."""
+    """The longer runs as {network, recipe, rate, seed: {CPU minutes: distance}}; minutes by the step times of a quiet machine."""
     step = median(step_seconds(long_runs.STUDY.size)[-1]["ours, adamw"])
     whole = long_runs.STUDY.steps * step / 60
     return {

@@ -236,9 +236,18 @@ def test_blocks_lose_the_part_that_their_name_says():
 
 
 def test_the_cell_on_a_dense_kernel_is_compared_with_and_without_its_gate():
-    gates = [cells(small_networks(16)[name]())[0].gate for name in (quality.DENSE, f"{quality.DENSE}, gate 1-2")]
-    z, e = torch.randn(2, 32, 4, 4), torch.randn(2, 24)
-    assert gates[0](z, e).std() > 0.01 and gates[1](z, e) == 0.5
+    torch.manual_seed(0)
+    x, t, e = torch.randn(2, 32, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 24)
+    for name, gated in ((quality.DENSE, True), (f"{quality.DENSE}, gate 1-2", False)):
+        block = next(m for m in small_networks(16)[name]().modules() if isinstance(m, ld.DenseLiquidBlock))
+        cell = block.cfc
+        z = cell.backbone(cell.spatial(block.norm_cfc(x, e)))
+        a, shift = cell.time_a(e)[..., None, None], cell.time_b(e)[..., None, None]
+        gate = torch.sigmoid(a * cell.f(z) - shift) if gated else 0.5
+        assert not gated or gate.std() > 0.01
+        torch.testing.assert_close(block(x, t, e) - x, gate * cell.g(z) + (1 - gate) * cell.h(z))
+        heads = (cell.g[-1].weight, cell.h[-1].weight)
+        assert all(p.std().item() * (3 * 32) ** 0.5 == pytest.approx(0.1, rel=0.15) for p in heads)
 
 
 def test_ours_starts_literally_in_every_comparison_but_where_the_name_says_small():

@@ -60,7 +60,7 @@ def test_ours_is_set_against_the_best_that_another_network_reached_in_equal_time
     monkeypatch.setattr(readme, "records", lambda: known)
     lines = readme.equal_time().splitlines()[2:]
     steps = [equal(quality.DEFAULT, "muon"), study.steps, equal("unet", "muon for 3x3 too")]
-    names = [readme.NAMES[network] for network in (quality.DEFAULT, "plain", "unet")]
+    names = [readme.NAMES[network] for network in (quality.DEFAULT, "relaxation spec", "unet")]
     hows = ["Muon, 0.001", "AdamW, 0.004", "Muon, 0.001"]
     means, ranges = (11, 44, 22), ("10.0 to 12.0", "44.0 to 44.0", "12.0 to 32.0")
     shares = ["", "-75%, apart", "-50%, ranges overlap"]
